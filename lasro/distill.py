@@ -125,7 +125,8 @@ def vae_loss(vae: AutoencoderKL, step: int, n: int = 32) -> torch.Tensor:
     posterior = vae.encode(images).latent_dist
     z = posterior.mean + posterior.std*randn(*posterior.mean.shape, generator=generator(0, 'vae noise', step))
     error = vae.decode(z).sample-images
-    return error.abs().mean() + error.square().mean() + 1e-6*posterior.kl().mean()
+    weight = 1+2*(images.amax(1, keepdim=True)-images.amin(1, keepdim=True)) # 1 to 5
+    return (weight*(error.abs()+error.square())).mean() + 1e-6*posterior.kl().mean()
 
 # %% ../nbs/04_distill.ipynb #0023
 @torch.no_grad()
@@ -283,7 +284,7 @@ def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(heads['shapes'], present) + .3*F.cross_entropy(heads['textures'], scenes.texture) + .3*F.cross_entropy(heads['corruption'], kind)
 
 # %% ../nbs/04_distill.ipynb #0050
-STEPS = dict(towers=800, vae=2400, teacher=5000, student=2000, preference=1500, features=1200)
+STEPS = dict(towers=800, vae=3000, teacher=5000, student=2000, preference=1200, features=1000)
 SMOKE_STEPS = dict.fromkeys(STEPS, 2)
 TEACHER_GUIDANCE = 3.
 
@@ -304,7 +305,7 @@ def train_vae(folder: Path, steps: dict) -> AutoencoderKL:
     "The autoencoder, scaled."
     torch.manual_seed(1)
     vae = build_vae()
-    vae = fit(vae, lambda step, _: vae_loss(vae, step), steps['vae'], 1.5e-3, folder/'vae.safetensors', ema=.995).requires_grad_(False)
+    vae = fit(vae, lambda step, _: vae_loss(vae, step), steps['vae'], 2e-3, folder/'vae.safetensors', ema=.995).requires_grad_(False)
     set_scaling_factor(vae)
     return vae
 
@@ -317,7 +318,7 @@ def train_teacher(folder: Path, steps: dict) -> tuple: # pipeline with the teach
     pipe = assemble(towers.tokenizer, towers.text_1, towers.text_2, vae, unet)
     data = latent_dataset(vae, 40_000 if steps['teacher'] > 2 else 64)
     unet.train().requires_grad_(True)
-    pipe.unet = fit(unet, lambda step, _: teacher_loss(unet, pipe, data, step), steps['teacher'], 2e-3, folder/'teacher.safetensors', ema=.999).requires_grad_(False)
+    pipe.unet = fit(unet, lambda step, _: teacher_loss(unet, pipe, data, step), steps['teacher'], 1.5e-3, folder/'teacher.safetensors', ema=.999).requires_grad_(False)
     return pipe, data
 
 # %% ../nbs/04_distill.ipynb #0053

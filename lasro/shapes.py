@@ -7,8 +7,8 @@ __all__ = ['IMAGE_SIZE', 'COLOURS', 'SHAPES', 'RADII', 'TEXTURES', 'COMBOS', 'HE
            'SIZE_WORDS', 'NUMBER_WORDS', 'RELATIONS', 'OPENINGS', 'SIZE_OF', 'PHRASE', 'RELATION', 'SPLITS', 'CHROMA',
            'COLOUR_CHROMA', 'TEMPERATURE', 'signed_distances', 'coverage', 'grid', 'Scenes', 'place', 'choose_things',
            'sample_scenes', 'render_ground', 'render', 'cat_scenes', 'show_images', 'Speaker', 'relation_between',
-           'captions', 'Phrase', 'parse', 'parse_relation', 'prompts', 'colour_maps', 'templates', 'explained',
-           'presence', 'ask', 'Thing', 'detect', 'phrases_of', 'near_misses', 'detector_accuracy']
+           'captions', 'Phrase', 'parse', 'parse_relation', 'prompts', 'scenes_of', 'colour_maps', 'templates',
+           'explained', 'presence', 'ask', 'Thing', 'detect', 'phrases_of', 'near_misses', 'detector_accuracy']
 
 # %% ../nbs/01_shapes.ipynb #0002
 import math, random, re
@@ -25,7 +25,7 @@ IMAGE_SIZE = 32
 COLOURS = dict(red=(.90, .10, .10), orange=(.95, .52, .05), yellow=(.95, .90, .10), green=(.10, .70, .15),
                cyan=(.10, .80, .85), blue=(.15, .25, .90), purple=(.55, .15, .80), pink=(.95, .35, .70))
 SHAPES = ('circle', 'square', 'triangle', 'cross', 'diamond', 'ring')
-RADII = dict(small=3., large=4.6) # radius in pixels of the circle of that size
+RADII = dict(small=3.6, large=5.2) # radius in pixels of the circle of that size
 TEXTURES = ('plain', 'shaded', 'striped', 'checked', 'cloudy')
 
 # %% ../nbs/01_shapes.ipynb #0007
@@ -120,11 +120,11 @@ def render_ground(texture: torch.Tensor, # (B,) index in `TEXTURES`
     across = gx*(2*math.pi*angle).cos() + gy*(2*math.pi*angle).sin()
     along = gy*(2*math.pi*angle).cos() - gx*(2*math.pi*angle).sin()
     wave = lambda t, f: (2*math.pi*(f*t+phase)).sin()
-    f = 2+3*freq
+    f = 2+2*freq
     cloudy = (wave(across, 1+f/3)+wave(along, 1.3+f/4)+wave(across+gx, f/2))/2
     patterns = torch.stack([0*across, 1.5*across, wave(across, f), (6*wave(across, f)*wave(along, f)).tanh(), cloudy])
     pattern = patterns[texture, torch.arange(len(texture))]
-    grey = .3+.4*level+(.05+.07*amp)*pattern
+    grey = .3+.4*level+(.02+.05*amp)*pattern
     return (grey[:, None] + .05*(torch.stack(tint, 1)-.5)).clamp(0, 1)
 
 # %% ../nbs/01_shapes.ipynb #0026
@@ -254,6 +254,29 @@ def prompts(split: str, # 'train', 'validation' or 'test'
     return list(pool[:n])
 
 # %% ../nbs/01_shapes.ipynb #0051
+def scenes_of(texts: list[str], # prompts
+              generator: torch.Generator) -> Scenes:
+    "One scene for each prompt, with the things it names, in the relation it names."
+    scenes = sample_scenes(len(texts), generator)
+    scenes.shape.fill_(-1)
+    for i, text in enumerate(texts):
+        things = [p for p in parse(text) for _ in range(p.number)][:3]
+        for k, p in enumerate(things):
+            scenes.shape[i, k], scenes.colour[i, k] = SHAPES.index(p.shape), list(COLOURS).index(p.colour)
+            if p.size: scenes.large[i, k] = p.size == 'large'
+        _place_scene(scenes, i, parse_relation(text) if len(things) == 2 else None, generator)
+    return scenes
+
+def _place_scene(scenes: Scenes, i: int, relation, generator: torch.Generator, tries: int = 32):
+    "Draw positions of scene `i` until its relation holds."
+    r = torch.where(scenes.large[i], RADII['large'], RADII['small'])
+    reach = (1.35*r).masked_fill(scenes.shape[i] < 0, 0)
+    x, y = place(reach.expand(tries, 3), generator)
+    fits = [relation in (None, relation_between(float(x[k, 0]-x[k, 1]), float(y[k, 0]-y[k, 1]))) for k in range(tries)]
+    k = fits.index(True) if True in fits else 0
+    scenes.x[i], scenes.y[i] = x[k], y[k]
+
+# %% ../nbs/01_shapes.ipynb #0054
 CHROMA = torch.tensor([[2, -1, -1], [0, math.sqrt(3), -math.sqrt(3)]])/math.sqrt(6)
 COLOUR_CHROMA = torch.tensor(list(COLOURS.values())) @ CHROMA.T # (8, 2)
 
@@ -267,12 +290,12 @@ def colour_maps(images: torch.Tensor # (B, 3, 32, 32) in [0, 1]
     length = torch.einsum('kd,bdhw->bkhw', ray/ray.square().sum(1, keepdim=True), chroma)
     return share*(length/.925).clamp(0, 1)
 
-# %% ../nbs/01_shapes.ipynb #0054
+# %% ../nbs/01_shapes.ipynb #0057
 @cache
-def templates() -> tuple[torch.Tensor, torch.Tensor]: # (12, 19, 19) each: T and W; six small shapes, then six large
+def templates() -> tuple[torch.Tensor, torch.Tensor]: # (12, 21, 21) each: T and W; six small shapes, then six large
     "What each shape looks like at each size, and where to look."
-    gx, gy = grid(19)
-    d = torch.cat([signed_distances(gx-9.5, gy-9.5, torch.tensor(r)) for r in RADII.values()])
+    gx, gy = grid(21)
+    d = torch.cat([signed_distances(gx-10.5, gy-10.5, torch.tensor(r)) for r in RADII.values()])
     return coverage(d), (coverage(d-2) > .5).float()
 
 def explained(maps: torch.Tensor # (N, 32, 32) opacity of one colour
@@ -281,9 +304,9 @@ def explained(maps: torch.Tensor # (N, 32, 32) opacity of one colour
     t, w = templates()
     energy = t.square().sum((1, 2))
     weight = torch.stack([2*t, -w], 1)/energy[:, None, None, None]
-    return F.conv2d(torch.stack([maps, maps.square()], 1), weight.to(maps), padding=9)
+    return F.conv2d(torch.stack([maps, maps.square()], 1), weight.to(maps), padding=10)
 
-# %% ../nbs/01_shapes.ipynb #0057
+# %% ../nbs/01_shapes.ipynb #0060
 TEMPERATURE = .03
 
 def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
@@ -295,7 +318,7 @@ def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
     nearby = F.max_pool2d(q, 3, 1, 1)
     return (nearby/TEMPERATURE).softmax(1) * ((best-.2)/.5).clamp(0, 1) * peak
 
-# %% ../nbs/01_shapes.ipynb #0058
+# %% ../nbs/01_shapes.ipynb #0061
 def ask(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
         phrases: list[list[Phrase]] # the questions to each picture
        ) -> list[torch.Tensor]: # for each picture, one answer in [0, 1] a question
@@ -311,7 +334,7 @@ def ask(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     answers = torch.einsum('nkhw,nk->nhw', seen, weight.to(seen)).amax((1, 2)).clamp(max=1)
     return list(answers.split([len(p) for p in phrases]))
 
-# %% ../nbs/01_shapes.ipynb #0061
+# %% ../nbs/01_shapes.ipynb #0064
 @dataclass(frozen=True)
 class Thing:
     "A detected thing; `x` and `y` in pixels, `sure` in [0, 1]."
@@ -322,14 +345,14 @@ class Thing:
     y: float
     sure: float
 
-# %% ../nbs/01_shapes.ipynb #0062
+# %% ../nbs/01_shapes.ipynb #0065
 def detect(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
            threshold: float = .5 # least presence to count
           ) -> list[list[Thing]]: # for each picture, surest first
     "All things seen, without being asked."
     b = len(images)
     maps = colour_maps(images)
-    live = (maps.flatten(2).sum(2) > 8).nonzero() # a small thing has opacity 28 pixels
+    live = (maps.flatten(2).sum(2) > 8).nonzero() # a small thing covers 40 pixels
     if not len(live): return [[] for _ in range(b)]
     seen = presence(maps[live[:, 0], live[:, 1]])
     best, k = seen.max(1)
@@ -340,7 +363,7 @@ def detect(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
         out[i].append(Thing(list(COLOURS)[c], shape, size, x+.5, y+.5, float(best[n, y, x])))
     return [sorted(things, key=lambda t: -t.sure) for things in out]
 
-# %% ../nbs/01_shapes.ipynb #0065
+# %% ../nbs/01_shapes.ipynb #0068
 def phrases_of(scene: Scenes) -> list[Phrase]:
     "The true phrases of one scene, sizes named."
     return [Phrase(1, 'large' if l else 'small', list(COLOURS)[c], SHAPES[s]) for c, s, l in zip(scene.colour.tolist(), scene.shape.tolist(), scene.large.tolist()) if s >= 0]
@@ -354,7 +377,7 @@ def near_misses(phrases: list[Phrase], generator: torch.Generator) -> list[Phras
         out.append(options[int(torch.randint(len(options), (), generator=generator))])
     return out
 
-# %% ../nbs/01_shapes.ipynb #0066
+# %% ../nbs/01_shapes.ipynb #0069
 def detector_accuracy(images: torch.Tensor, # pictures of `scenes`, rendered or reconstructed
                       scenes: Scenes, generator: torch.Generator
                      ) -> dict[str, float]: # shares in [0, 1]

@@ -1,0 +1,98 @@
+"What goes wrong is said in one line, and results stay as they were."
+import csv, os, resource, signal, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file
+
+from lasro.core import check_writable
+from lasro.finetune import finetune
+
+SMALL = dict(profile='smoke')
+PROMPTS = ['a red ring and a blue cross', 'a large green square and a small pink circle', 'a cyan diamond and a red square', 'an orange cross and a blue ring']
+
+
+def brightness(images, prompts, metadata): return images.mean((1, 2, 3)), {}
+def wrong_shape(images, prompts, metadata): return torch.zeros(len(images)+1), {}
+def not_a_number(images, prompts, metadata): return [float('nan')]*len(images), {}
+def broken(images, prompts, metadata): raise RuntimeError('the scorer is out of order')
+
+
+def untouched(folder: Path): return not [p for p in folder.rglob('*') if p.is_file()]
+
+
+@pytest.mark.parametrize('reward, message', [(wrong_shape, 'shape'), (not_a_number, 'nan for sample 0'), (broken, 'the scorer is out of order')])
+def test_a_bad_reward_is_named(pipe, tmp_path, reward, message):
+    with pytest.raises(ValueError, match=message) as e: finetune(pipe, reward, PROMPTS, num_steps=2, out=tmp_path/'run', **SMALL)
+    assert reward.__name__ in str(e.value) and '\n' not in str(e.value)
+    assert not (tmp_path/'run'/'run.json').exists()
+
+
+@pytest.mark.parametrize('prompts', [[], 'no such file.txt', [' '], ['a red ring', 'a red ring '*250], ['красный круг'], ['赤い円']])
+def test_a_bad_prompt_is_refused(pipe, tmp_path, prompts):
+    with pytest.raises((ValueError, OSError)) as e: finetune(pipe, brightness, prompts, num_steps=2, out=tmp_path/'run', **SMALL)
+    assert 'prompt' in str(e.value)
+    assert '\n' not in str(e.value) and untouched(tmp_path/'run')
+
+
+def test_unwritable_results_are_said_before_training(pipe, tmp_path):
+    (tmp_path/'file').write_text('')
+    def never(images, prompts, metadata): raise AssertionError('training began')
+    with pytest.raises(OSError, match='cannot write to'): finetune(pipe, never, PROMPTS, num_steps=2, out=tmp_path/'file'/'run', **SMALL)
+
+
+def test_no_space_is_said_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard)) # files over 1,000 bytes fail, as on a full disk
+    try:
+        with pytest.raises(OSError, match='cannot write to .*free some space'): check_writable(tmp_path/'results')
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert untouched(tmp_path)
+
+
+CALLS = '''
+import os, signal, sys
+from pathlib import Path
+from lasro.finetune import finetune
+from lasro.models import load_pipeline
+out, last, calls = Path(sys.argv[1]), int(sys.argv[2]), 0
+
+def redness(images, prompts, metadata):
+    global calls
+    calls += 1
+    if calls == last: os.kill(os.getpid(), signal.SIGKILL)
+    return images[:, 0].mean((1, 2)), {}
+
+finetune(load_pipeline(), redness, %r, num_steps=2, out=out, **%r)
+print('calls', calls)
+''' % (PROMPTS, dict(SMALL, outer_steps=10, lora_rank=4)) # long enough for a checkpoint
+
+
+def run(out: Path, last: int = 0 # reward call in which the process is killed; 0 lets it live
+       ) -> tuple[int, int]: # exit status, reward calls where it lived
+    "Fine-tune in a process of its own."
+    found = subprocess.run([sys.executable, '-c', CALLS, str(out), str(last)], capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert found.returncode in (0, -signal.SIGKILL), found.stderr
+    return found.returncode, int(found.stdout.split()[-1]) if found.returncode == 0 else last
+
+
+def test_a_finished_run_is_not_overwritten(pipe, tmp_path):
+    (tmp_path/'run.json').write_text('{}')
+    with pytest.raises(FileExistsError, match='holds a finished run'): finetune(pipe, brightness, PROMPTS, num_steps=2, out=tmp_path, **SMALL)
+    assert (tmp_path/'run.json').read_text() == '{}'
+
+
+def weights(out: Path): return load_file(next(out.rglob('pytorch_lora_weights.safetensors')))
+def metrics(out: Path): return [{k: v for k, v in row.items() if k != 'wall_s'} for row in csv.DictReader((out/'metrics.csv').open())]
+
+
+def test_a_killed_run_ends_as_if_it_had_lived(tmp_path):
+    whole, killed = tmp_path/'whole', tmp_path/'killed'
+    _, calls = run(whole)
+    status, _ = run(killed, last=calls-1)
+    assert status == -signal.SIGKILL and not (killed/'run.json').exists()
+    _, rest = run(killed)
+    a, b = weights(whole), weights(killed)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(whole) == metrics(killed)
+    assert rest < calls, 'it began again from nothing'

@@ -1,0 +1,15 @@
+"Which notebook draws which table and figure: the one list."
+REWARDS = ('image_reward', 'attribute_binding', 'text_alignment')
+
+# item, notebook, what it says; {reward} stands for each main reward
+ITEMS = (
+    ('tab_main', '12_comparison', 'every arm, reward, split, 1 and 2 steps: means, intervals, differences, FID, diversity, cost'),
+    ('fig_curves_{reward}', '12_comparison', 'true reward against reward calls and wall-clock, held-out reward and FID below'),
+    ('fig_grid_{reward}', '12_comparison', 'the same prompts and noise before and after'),
+    ('tab_cost', '12_comparison', 'wall-clock, memory, reward calls and generator passes'),
+)
+
+
+def expanded() -> list[tuple[str, str, str]]:
+    "`ITEMS`, one row a file."
+    return [(item.format(reward=r), notebook, says) for item, notebook, says in ITEMS for r in (REWARDS if '{reward}' in item else REWARDS[:1])]
