@@ -27,7 +27,8 @@ docs: $(STAMP) ## a site of the executed notebooks, in _docs/
 	python workflow/docs.py
 
 retrain: $(STAMP) ## make the shipped weights again from nothing; resumes
-	python workflow/run.py nbs/04_distill.ipynb results/retrain/executed/04_distill.ipynb -p PROFILE lab
+	python workflow/run.py nbs/04_distill.ipynb results/retrain/executed/04_distill.ipynb -p RETRAIN True
+	python workflow/run.py nbs/06_evaluation.ipynb results/retrain/executed/06_evaluation.ipynb -p PROFILE lab -p MODEL_CARD True
 
 verify: $(STAMP) ## recompute every committed table from the committed runs and compare
 	python workflow/verify.py

@@ -11,7 +11,6 @@ __all__ = ['STEPS', 'SMOKE_STEPS', 'TEACHER_GUIDANCE', 'cosine_lr', 'fit', 'upda
 
 # %% ../nbs/04_distill.ipynb #0003
 import copy, math, shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,7 +56,7 @@ def fit(module: nn.Module, # trained in place
         nn.utils.clip_grad_norm_(params, 1.)
         optimizer.step()
         update_average(average, module, min(ema, (step+1)/(step+10)))
-        if step % 50 == 0: bar.set_postfix(loss=f'{float(loss):.4f}')
+        if step % 50 == 0: bar.set_postfix(loss=f'{loss.item():.4f}')
         if (step+1) % save_every == 0: save(step+1)
     if start < steps: save(steps)
     return average.eval()
@@ -284,7 +283,7 @@ def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(heads['shapes'], present) + .3*F.cross_entropy(heads['textures'], scenes.texture) + .3*F.cross_entropy(heads['corruption'], kind)
 
 # %% ../nbs/04_distill.ipynb #0050
-STEPS = dict(towers=800, vae=3000, teacher=5000, student=2000, preference=1200, features=1000)
+STEPS = dict(towers=800, vae=3000, teacher=3200, student=1200, preference=600, features=600)
 SMOKE_STEPS = dict.fromkeys(STEPS, 2)
 TEACHER_GUIDANCE = 3.
 
@@ -352,4 +351,7 @@ def export(pipe, teacher, vision, preference, features, folder: Path):
     half(vision).save_pretrained(folder/'clip_vision')
     save_module(preference, folder/'preference'/'preference.safetensors')
     save_module(features, folder/'features'/'features.safetensors')
+    for name in ('text_encoder', 'text_encoder_2', 'clip_vision'): # stored in half precision, to be used in single
+        config = folder/name/'config.json'
+        save_json(load_json(config) | dict(dtype='float32'), config)
     write_manifest(folder)

@@ -9,7 +9,7 @@ __all__ = ['MAX_STEPS', 'SCORED', 'REFERENCE_SIZE', 'Interval', 'Difference', 'R
            'prompt_diversity', 'diversity', 'EvalResult', 'evaluate', 'shown_prompts', 'score_samples', 'save_scores',
            'save_grid', 'write_eval', 'resample_shares', 'bootstrap_mean', 'paired_difference', 'holm', 't_interval',
            'aggregate_iqm', 'probability_of_improvement', 'read_file', 'read_scores', 'read_run', 'read_fidelity',
-           'read_runs', 'score_table', 'pair']
+           'read_runs', 'score_table', 'pair', 'headroom_rows']
 
 # %% ../nbs/06_evaluation.ipynb #0003
 import gzip, io, json, resource, sys, time
@@ -392,3 +392,16 @@ def pair(a: pd.DataFrame, b: pd.DataFrame # two score tables
     "The rows of the seeds that both tables have; the row of an arm without seeds is paired with each of the other's."
     seeds = a.index if ANY_SEED in b.index else b.index if ANY_SEED in a.index else a.index.intersection(b.index)
     return tuple(t.loc[[ANY_SEED]*len(seeds)].to_numpy() if ANY_SEED in t.index else t.loc[seeds].to_numpy() for t in (a, b))
+
+# %% ../nbs/06_evaluation.ipynb #0088
+def headroom_rows(result: EvalResult, model: str, # 'student' or 'teacher'
+                  num_steps: int) -> list[dict]: # one for each split and reward, and FID
+    "Rows of tab_headroom from one evaluation."
+    rows = []
+    for split in ('seen', 'held_out', 'all'):
+        s = result.scores if split == 'all' else result.scores[result.scores.split == split]
+        for reward in [c for c in s if c not in ('num_steps', 'split', 'prompt', 'noise')]:
+            means = s.groupby('prompt')[reward].mean().to_numpy()
+            mean, lo, hi = bootstrap_mean(means[None])
+            rows.append(dict(model=model, num_steps=num_steps, split=split, reward=reward, mean=mean, ci_low=lo, ci_high=hi, n=len(means)))
+    return rows + [dict(model=model, num_steps=num_steps, split='all', reward='fid', mean=result.fid, ci_low=np.nan, ci_high=np.nan, n=result.n)]

@@ -8,29 +8,30 @@ __all__ = ['ARMS', 'NO_REWARD', 'ScoreNormaliser', 'Options', 'make_options', 'T
            'finetune', 'finish']
 
 # %% ../nbs/09_lasro.ipynb #0003
-import copy, json, math, shutil, warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+import copy, math, shutil, warnings
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionXLPipeline
+from fastcore.basics import patch
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm.auto import trange
 
-from .core import ASSETS, check_writable, environment, generator, is_finished, load_json, profile, randn, run_dir, save_csv, save_json, sha256
+# %% ../nbs/09_lasro.ipynb #0004
+from .core import check_writable, environment, generator, is_finished, profile, save_csv, save_json
 from .distill import TEACHER_GUIDANCE, lcm_loss
-from .evaluation import Budget, diversity, evaluate, eval_set, features_of, write_eval
+from .evaluation import Budget, diversity, features_of
 from .exploration import Labelled, ReplayBuffer, explore, vae_latent_shape
-from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, load_checkpoint, load_pipeline, load_teacher, restore_training_state, save_checkpoint, save_lora, save_module, training_state
+from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, load_checkpoint, load_teacher, restore_training_state, save_checkpoint, save_lora, save_module, training_state
 from .rewards import load_reward
 from .sampling import draw_noise, sample
-from .shapes import prompts, render, scenes_of, show_images
+from .shapes import render, scenes_of, show_images
 from .surrogate import SurrogateReward, frozen, surrogate_step
 
-# %% ../nbs/09_lasro.ipynb #0007
+# %% ../nbs/09_lasro.ipynb #0009
 class ScoreNormaliser:
     "S of METHODS 1.4, form 'a', 'b' or 'none'; its statistics carry no gradient."
     def __init__(self, form: str = 'a', decay: float = .9, clip: float = 2.):
@@ -46,7 +47,7 @@ class ScoreNormaliser:
         if self.form == 'a': return ((r-m)/(top-m+1e-8)).clamp(max=1)
         return ((r-m)/(std+1e-8)).clamp(-self.clip, self.clip)
 
-# %% ../nbs/09_lasro.ipynb #0011
+# %% ../nbs/09_lasro.ipynb #0013
 @dataclass(frozen=True)
 class Options:
     "What can be chosen in a run. Not stated in the paper unless its comment says so."
@@ -69,7 +70,7 @@ class Options:
     min_gap: float = .05          # least reward gap of a pair, in deviations
     buffer: int = 4096            # labelled latents kept
 
-# %% ../nbs/09_lasro.ipynb #0012
+# %% ../nbs/09_lasro.ipynb #0014
 def make_options(profile_name: str, **overrides) -> Options:
     "The defaults at a profile's sizes, with overrides; a `ValueError` names an unknown one."
     size, names = asdict(profile(profile_name)), [f.name for f in fields(Options)]
@@ -77,7 +78,7 @@ def make_options(profile_name: str, **overrides) -> Options:
         if k not in names: raise ValueError(f"unknown option {k!r}: choose from {', '.join(names)}")
     return Options(**{k: v for k, v in size.items() if k in names} | overrides)
 
-# %% ../nbs/09_lasro.ipynb #0015
+# %% ../nbs/09_lasro.ipynb #0017
 @dataclass
 class Task:
     "Everything an arm may use: it never sees the renderer's ground truth."
@@ -94,7 +95,7 @@ class Task:
     @property
     def params(self): return [p for p in self.pipe.unet.parameters() if p.requires_grad]
 
-# %% ../nbs/09_lasro.ipynb #0017
+# %% ../nbs/09_lasro.ipynb #0021
 @torch.no_grad()
 def rendered_data(pipe, texts: list[str], per_prompt: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     "Latents of renders of the prompts."
@@ -109,10 +110,11 @@ def sampled_data(pipe, cond: Conditioning, limit: int = 512, batch_size: int = 6
     batches = index.split(batch_size)
     return torch.cat([sample(pipe.unet, cond[i], noise[i], injected[:, i], 4).final for i in batches]), index
 
-# %% ../nbs/09_lasro.ipynb #0018
+# %% ../nbs/09_lasro.ipynb #0022
 def make_task(pipe, reward, texts: list[str], teacher=None, data=None, num_steps: int = 2, seed: int = 0, lora_rank: int = 0) -> Task:
     "Copy the UNet, make it trainable, encode the prompts."
     unet = copy.deepcopy(pipe.unet).requires_grad_(True)
+    torch.manual_seed(seed) # an adapter's initial weights
     if lora_rank: add_lora(unet, lora_rank)
     cond = encode_prompts(pipe, texts)
     tuned = StableDiffusionXLPipeline(**{k: v for k, v in pipe.components.items() if k != 'unet'}, unet=unet, add_watermarker=False)
@@ -120,7 +122,7 @@ def make_task(pipe, reward, texts: list[str], teacher=None, data=None, num_steps
     teacher = load_teacher() if teacher is None else teacher
     return Task(tuned, teacher, load_reward(reward), texts, cond, data or sampled_data(pipe, cond), num_steps, seed)
 
-# %% ../nbs/09_lasro.ipynb #0021
+# %% ../nbs/09_lasro.ipynb #0025
 class LCMContinued:
     "The control: the LCM loss alone."
     def __init__(self, task: Task, options: Options):
@@ -129,13 +131,11 @@ class LCMContinued:
     def prepare(self) -> dict: return {}
     def loss(self, k: int, i: int) -> tuple[torch.Tensor, dict]: # the loss of update i of round k, numbers to log
         lcm = self.lcm(k, i)
-        return self.options.c*lcm, dict(lcm_loss=float(lcm))
+        return self.options.c*lcm, dict(lcm_loss=lcm.item())
     def state(self) -> dict[str, torch.Tensor]: return training_state(self.task.pipe.unet, self.optimizer, 'generator.')
     def restore(self, tensors: dict): restore_training_state(tensors, self.task.pipe.unet, self.optimizer, 'generator.')
 
-# %% ../nbs/09_lasro.ipynb #0022
-from fastcore.basics import patch
-
+# %% ../nbs/09_lasro.ipynb #0028
 @patch
 def lcm(self: LCMContinued, k: int, i: int) -> torch.Tensor:
     "The LCD loss on a batch of the task's clean latents; the target is the student itself without gradient, as in the LoRA scripts of diffusers."
@@ -146,7 +146,7 @@ def lcm(self: LCMContinued, k: int, i: int) -> torch.Tensor:
     t.budget.forward(3*n)
     return lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, t.data[0][rows], t.cond[t.data[1][rows]], TEACHER_GUIDANCE, g)
 
-# %% ../nbs/09_lasro.ipynb #0024
+# %% ../nbs/09_lasro.ipynb #0031
 @patch
 def update(self: LCMContinued, k: int, i: int) -> dict: # numbers to log
     "One generator update."
@@ -159,13 +159,14 @@ def update(self: LCMContinued, k: int, i: int) -> dict: # numbers to log
     if self.skipped == 5: raise FloatingPointError(f'the gradient was not finite in 5 updates in a row (round {k}): lower lr or c1 and c2')
     return row | dict(grad_norm=norm)
 
+# %% ../nbs/09_lasro.ipynb #0034
 @patch
 def round(self: LCMContinued, k: int) -> dict: # means of the round's numbers
     "K1 generator updates."
     rows = [self.update(k, i) for i in range(self.options.generator_steps)]
     return {key: sum(r[key] for r in rows)/len(rows) for key in rows[0]}
 
-# %% ../nbs/09_lasro.ipynb #0027
+# %% ../nbs/09_lasro.ipynb #0037
 class LaSRO(LCMContinued):
     "Latent-space surrogate reward optimisation (METHODS 1.6)."
     def __init__(self, task: Task, options: Options):
@@ -176,7 +177,7 @@ class LaSRO(LCMContinued):
         self.buffer = ReplayBuffer(options.buffer, options.min_gap)
         self.normalise = [ScoreNormaliser(options.s_form) for _ in range(task.num_steps)]
 
-# %% ../nbs/09_lasro.ipynb #0028
+# %% ../nbs/09_lasro.ipynb #0040
 @patch
 def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]: # labelled latents, pictures of the last step
     "Sample and label the next prompts; counted."
@@ -188,6 +189,7 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
     t.budget.forward(len(found))
     return found, images
 
+# %% ../nbs/09_lasro.ipynb #0042
 @patch
 def train_surrogate(self: LaSRO, name, steps: int) -> list[float]: # losses
     "Bradley-Terry steps from the buffer."
@@ -196,41 +198,10 @@ def train_surrogate(self: LaSRO, name, steps: int) -> list[float]: # losses
     for i in range(steps):
         pairs = self.buffer.draw(n, self.task.stream('surrogate', name, i))
         losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, s.latents, self.task.cond[s.prompt], *pairs))
-        self.task.budget.forward(n, backward=True) # n pairs of the encoder half count as n whole passes
+        self.task.budget.forward(2*n, backward=True, share=.5) # pairs, half a UNet
     return losses
 
-# %% ../nbs/09_lasro.ipynb #0029
-@patch
-def prepare(self: LaSRO) -> dict:
-    "Stage A: label samples of the untouched model, pre-train the surrogate."
-    found, images = self.collect('pretrain', self.options.pretrain_prompts)
-    self.buffer.add(found)
-    if not len(self.buffer.winners): warnings.warn(f'{self.task.reward.name} gives all samples of each prompt the same reward: there is nothing to learn from yet')
-    losses = self.train_surrogate('pretrain', self.options.pretrain_steps)
-    return dict(surrogate_loss=sum(losses[-10:])/max(1, len(losses[-10:])), **self.health(found, images), pairs=len(self.buffer.winners), dropped=self.buffer.dropped)
-
-# %% ../nbs/09_lasro.ipynb #0031
-@patch
-def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
-    "L(theta) of METHODS 1.4."
-    t, o, unet = self.task, self.options, self.task.pipe.unet
-    g = t.stream('generator', k, i)
-    prompt = torch.randint(len(t.texts), (o.batch_size,), generator=g)
-    noise, injected = draw_noise(o.batch_size, t.num_steps, g, vae_latent_shape(unet, t.pipe.vae), t.cond.pooled.device)
-    z = sample(unet, t.cond[prompt], noise, injected, t.num_steps, o.detach).denoised
-    weights = [o.c1]*(t.num_steps-1)+[o.c2]
-    used = [j for j, w in enumerate(weights) if w]
-    with frozen(self.surrogate): r = self.surrogate(torch.cat([z[j] for j in used]), t.cond[prompt.repeat(len(used))]).split(o.batch_size)
-    s = [self.normalise[j](x) for j, x in zip(used, r)]
-    t.budget.forward(o.batch_size*t.num_steps, backward=True)
-    t.budget.forward(o.batch_size*len(used)/2, backward=True) # the surrogate is half a UNet
-    row = dict(surrogate=float(r[-1].mean()), clipped=float((s[-1] >= 1).float().mean()))
-    reward_loss = -sum(weights[j]*x.mean() for j, x in zip(used, s))
-    if not o.c: return reward_loss, row
-    lcm = self.lcm(k, i)
-    return o.c*lcm+reward_loss, row | dict(lcm_loss=float(lcm))
-
-# %% ../nbs/09_lasro.ipynb #0033
+# %% ../nbs/09_lasro.ipynb #0045
 @patch
 def health(self: LaSRO, found: Labelled, # fresh samples
            images: torch.Tensor # their last pictures
@@ -249,7 +220,38 @@ def score(self: LaSRO, found: Labelled, rows: torch.Tensor) -> torch.Tensor:
     "Surrogate rewards of some labelled latents."
     return self.surrogate(found.latents[rows], self.task.cond[found.prompt[rows]]).cpu()
 
-# %% ../nbs/09_lasro.ipynb #0034
+# %% ../nbs/09_lasro.ipynb #0048
+@patch
+def prepare(self: LaSRO) -> dict:
+    "Stage A: label samples of the untouched model, pre-train the surrogate."
+    found, images = self.collect('pretrain', self.options.pretrain_prompts)
+    self.buffer.add(found)
+    if not len(self.buffer.winners): warnings.warn(f'{self.task.reward.name} gives all samples of each prompt the same reward: there is nothing to learn from yet')
+    losses = self.train_surrogate('pretrain', self.options.pretrain_steps)
+    return dict(surrogate_loss=sum(losses[-10:])/max(1, len(losses[-10:])), **self.health(found, images), pairs=len(self.buffer.winners), dropped=self.buffer.dropped)
+
+# %% ../nbs/09_lasro.ipynb #0051
+@patch
+def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
+    "L(theta) of METHODS 1.4."
+    t, o, unet = self.task, self.options, self.task.pipe.unet
+    g = t.stream('generator', k, i)
+    prompt = torch.randint(len(t.texts), (o.batch_size,), generator=g)
+    noise, injected = draw_noise(o.batch_size, t.num_steps, g, vae_latent_shape(unet, t.pipe.vae), t.cond.pooled.device)
+    z = sample(unet, t.cond[prompt], noise, injected, t.num_steps, o.detach).denoised
+    weights = [o.c1]*(t.num_steps-1)+[o.c2]
+    used = [j for j, w in enumerate(weights) if w]
+    with frozen(self.surrogate): r = self.surrogate(torch.cat([z[j] for j in used]), t.cond[prompt.repeat(len(used))]).split(o.batch_size)
+    s = [self.normalise[j](x) for j, x in zip(used, r)]
+    t.budget.forward(o.batch_size*t.num_steps, backward=True)
+    t.budget.forward(o.batch_size*len(used), backward=True, share=.5) # the surrogate is half a UNet
+    row = dict(surrogate=float(r[-1].mean()), clipped=float((s[-1] >= 1).float().mean()))
+    reward_loss = -sum(weights[j]*x.mean() for j, x in zip(used, s))
+    if not o.c: return reward_loss, row
+    lcm = self.lcm(k, i)
+    return o.c*lcm+reward_loss, row | dict(lcm_loss=lcm.item())
+
+# %% ../nbs/09_lasro.ipynb #0053
 @patch
 def round(self: LaSRO, k: int) -> dict:
     "Stage B, once: generator, collection, surrogate."
@@ -261,7 +263,7 @@ def round(self: LaSRO, k: int) -> dict:
     losses = self.train_surrogate(k, self.options.surrogate_steps)
     return row | dict(surrogate_loss=sum(losses)/max(1, len(losses)))
 
-# %% ../nbs/09_lasro.ipynb #0038
+# %% ../nbs/09_lasro.ipynb #0056
 @patch
 def state(self: LaSRO) -> dict[str, torch.Tensor]:
     out = LCMContinued.state(self) | training_state(self.surrogate, self.surrogate_optimizer, 'surrogate.')
@@ -276,19 +278,19 @@ def restore(self: LaSRO, tensors: dict):
     self.buffer.add(Labelled(*(tensors[f'buffer.{f.name}'] for f in fields(Labelled))))
     for j, s in enumerate(self.normalise): s.stats = tensors.get(f'normalise.{j}')
 
-# %% ../nbs/09_lasro.ipynb #0041
+# %% ../nbs/09_lasro.ipynb #0059
 ARMS = {'base': (LCMContinued, dict(outer_steps=0)), 'lcm_continued': (LCMContinued, {}), 'lasro': (LaSRO, {}),
         'lasro-frozen': (LaSRO, dict(online=False)), 'lasro-onpolicy': (LaSRO, dict(off_policy=False)), 'lasro-second-only': (LaSRO, dict(c1=0.)),
         'lasro-no-lcm': (LaSRO, dict(c=0.)), 'lasro-no-clip': (LaSRO, dict(s_form='none')), 'lasro-detached': (LaSRO, dict(detach=True))}
 NO_REWARD = ('base', 'lcm_continued') # they do not use the reward: one run serves all rewards
 
-# %% ../nbs/09_lasro.ipynb #0042
+# %% ../nbs/09_lasro.ipynb #0060
 def find_arm(name: str) -> tuple: # class, options that differ
     "The arm called `name`."
     if name not in ARMS: raise ValueError(f"unknown arm {name!r}: choose one of {', '.join(ARMS)}")
     return ARMS[name]
 
-# %% ../nbs/09_lasro.ipynb #0045
+# %% ../nbs/09_lasro.ipynb #0063
 def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; None keeps none
           every: int = 8, # rounds between checkpoints
           progress: bool = True) -> list[dict]: # a row of metrics for each round
@@ -305,12 +307,13 @@ def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; 
         if folder and (k+1) % every == 0 and k+1 < outer_steps: checkpoint(arm, folder, k+1, rows)
     return rows
 
-# %% ../nbs/09_lasro.ipynb #0046
+# %% ../nbs/09_lasro.ipynb #0065
 def checkpoint(arm, folder: Path, k: int, rows: list[dict]):
     "Write round k; keep this one and the one before."
     save_checkpoint(folder/f'round-{k:05d}.safetensors', arm.state(), round=k, rows=rows, budget=arm.task.budget.state())
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
 
+# %% ../nbs/09_lasro.ipynb #0066
 def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start from, rows so far
     "Restore the newest sound checkpoint; a damaged one is named and passed over."
     for path in sorted(folder.glob('round-*.safetensors'), reverse=True) if folder else []:
@@ -321,7 +324,7 @@ def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start
         return meta['round'], meta['rows']
     return 0, []
 
-# %% ../nbs/09_lasro.ipynb #0048
+# %% ../nbs/09_lasro.ipynb #0070
 @dataclass
 class Run:
     "A finished fine-tuning: the tuned pipeline, the one it came from, its curve and its cost."
@@ -335,7 +338,7 @@ class Run:
         gain = f", true reward on fresh samples {m.reward.iloc[0]:.3f} → {m.reward.iloc[-3:].mean():.3f}" if 'reward' in m else ''
         return f"**{r['arm']}** on {r['reward']}: {len(m)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}"
 
-# %% ../nbs/09_lasro.ipynb #0049
+# %% ../nbs/09_lasro.ipynb #0071
 @patch
 def before_after(self: Run, prompts: list[str], seed: int = 0):
     "The same prompts and noise before (above) and after (below); returns the figure."
@@ -345,7 +348,7 @@ def before_after(self: Run, prompts: list[str], seed: int = 0):
     with torch.no_grad(): pictures = [decode(p.vae, sample(p.unet, cond, noise, injected, n).final) for p in (self.base, self.pipe)]
     return show_images(torch.cat(pictures), list(prompts)+['']*len(prompts), ncols=len(prompts), scale=1.6)
 
-# %% ../nbs/09_lasro.ipynb #0050
+# %% ../nbs/09_lasro.ipynb #0073
 def read_prompts(prompts # a list, or a text file with one prompt a line
                 ) -> list[str]:
     "Prompts from a list or a file."
@@ -353,7 +356,7 @@ def read_prompts(prompts # a list, or a text file with one prompt a line
     if not Path(prompts).is_file(): raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file with one a line')
     return [line.strip() for line in Path(prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
 
-# %% ../nbs/09_lasro.ipynb #0051
+# %% ../nbs/09_lasro.ipynb #0075
 def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family
              reward_fn, # a name, 'module:function', a callable (images, prompts, metadata) -> rewards, or a Reward
              prompts, # a list of training prompts or a file
@@ -378,7 +381,7 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
     rows = train(cls(task, opts), opts.outer_steps, out/'checkpoints' if out else None)
     return finish(task, pipe, rows, arm, opts, profile, out, before_record)
 
-# %% ../nbs/09_lasro.ipynb #0052
+# %% ../nbs/09_lasro.ipynb #0076
 def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile: str, out: Path | None, before_record=None) -> Run:
     "Save weights, metrics and, last, the record."
     task.pipe.unet.eval().requires_grad_(False)

@@ -10,26 +10,26 @@ __all__ = ['MAX_TOKENS', 'LORA_TARGETS', 'build_tokenizer', 'build_towers', 'bui
            'training_state', 'restore_training_state']
 
 # %% ../nbs/02_models.ipynb #0003
-import json, math, os, warnings
+import hashlib, json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, logging as diffusers_logging
+from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.utils import logging as transformers_logging
 
-from .core import ASSETS, atomic_path, generator, load_json, save_json, sha256
-from .shapes import KINDS, captions, sample_scenes
+from .core import ASSETS, atomic_path, load_json, save_json, sha256
 
 # %% ../nbs/02_models.ipynb #0004
 diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 # %% ../nbs/02_models.ipynb #0007
 MAX_TOKENS = 28
@@ -147,14 +147,14 @@ def load_pipeline(folder: Path | str = ASSETS, # an SDXL-format pipeline folder
     folder = Path(folder)
     if folder == ASSETS or (folder/'manifest.json').exists(): check_manifest(folder)
     elif not (folder/'model_index.json').exists(): raise FileNotFoundError(f'{folder} holds no diffusers pipeline: model_index.json is missing')
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False).to(device)
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False)
     return pipe
 
 def load_teacher(folder: Path | str = ASSETS, device='cpu', dtype=torch.float32) -> UNet2DConditionModel:
     "The many-step teacher's UNet, frozen."
-    return UNet2DConditionModel.from_pretrained(Path(folder)/'teacher_unet', torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    return UNet2DConditionModel.from_pretrained(Path(folder)/'teacher_unet').to(device, dtype).eval().requires_grad_(False)
 
 # %% ../nbs/02_models.ipynb #0032
 def check_prompts(prompts: list[str], tokenizer: CLIPTokenizer, known: int = 2 # least letters of a token that counts as a known word
@@ -232,8 +232,7 @@ def adapters_off(unet):
 # %% ../nbs/02_models.ipynb #0045
 def save_lora(pipe: StableDiffusionXLPipeline, folder: Path | str):
     "Write the UNet's adapter in the format that `load_lora_weights` of stock diffusers reads."
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-    pipe.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+    pipe.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet), safe_serialization=True)
 
 # %% ../nbs/02_models.ipynb #0047
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], **meta):
@@ -242,7 +241,6 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], **meta):
     with atomic_path(path) as tmp: save_file(tensors, tmp, metadata=dict(meta=json.dumps(meta), checksum=_checksum(tensors)))
 
 def _checksum(tensors):
-    import hashlib
     digest = hashlib.sha256()
     for k in sorted(tensors): digest.update(k.encode()); digest.update(tensors[k].numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -171,8 +171,9 @@ def text_alignment(device='cpu') -> Reward:
     def fn(images, texts, metadata):
         told = [describe(things) for things in detect(images)]
         b = baseline(device)
-        return (recall([without_opening(t) for t in texts], told, device)-b)/(1-b), dict(captions=told)
-    return Reward('text_alignment', fn, (-math.inf, 1), held_out='clip_score')
+        r = (recall([without_opening(t) for t in texts], told, device)-b)/(1-b)
+        return r.clamp(-1, 1), dict(captions=told) # 'nothing' would score below -2 and rule every mean
+    return Reward('text_alignment', fn, (-1, 1), held_out='clip_score')
 
 # %% ../nbs/05_rewards.ipynb #0047
 def jpeg_kb(images: torch.Tensor # (B, 3, H, W) in [0, 1]

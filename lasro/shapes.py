@@ -307,7 +307,7 @@ def explained(maps: torch.Tensor # (N, 32, 32) opacity of one colour
     return F.conv2d(torch.stack([maps, maps.square()], 1), weight.to(maps), padding=10)
 
 # %% ../nbs/01_shapes.ipynb #0060
-TEMPERATURE = .03
+TEMPERATURE = .015
 
 def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
             ) -> torch.Tensor: # (N, 12, 32, 32) in [0, 1], 0 off the peaks

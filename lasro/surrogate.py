@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import generator
 from .models import Conditioning
 
 # %% ../nbs/07_surrogate.ipynb #0007
@@ -91,7 +90,7 @@ def surrogate_step(surrogate: SurrogateReward, optimizer, latents: torch.Tensor,
     loss.backward()
     nn.utils.clip_grad_norm_(surrogate.parameters(), max_norm)
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
 # %% ../nbs/07_surrogate.ipynb #0022
 @torch.no_grad()
