@@ -84,7 +84,7 @@ class Task:
     "Everything an arm may use: it never sees the renderer's ground truth."
     pipe: StableDiffusionXLPipeline # with the UNet that is trained
     teacher: nn.Module              # frozen
-    reward: object                  # a Reward
+    reward: object                  # a Reward, or None for an arm that uses none
     texts: list[str]                # training prompts
     cond: Conditioning              # of `texts`
     data: tuple[torch.Tensor, torch.Tensor] # clean latents (M, 4, h, w) for the LCM loss, and the prompt of each (M,)
@@ -120,7 +120,7 @@ def make_task(pipe, reward, texts: list[str], teacher=None, data=None, num_steps
     tuned = StableDiffusionXLPipeline(**{k: v for k, v in pipe.components.items() if k != 'unet'}, unet=unet, add_watermarker=False)
     tuned.set_progress_bar_config(disable=True)
     teacher = load_teacher() if teacher is None else teacher
-    return Task(tuned, teacher, load_reward(reward), texts, cond, data or sampled_data(pipe, cond), num_steps, seed)
+    return Task(tuned, teacher, None if reward is None else load_reward(reward), texts, cond, data or sampled_data(pipe, cond), num_steps, seed)
 
 # %% ../nbs/09_lasro.ipynb #0025
 class LCMContinued:
@@ -377,7 +377,7 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
     if out: check_writable(out)
     if out and is_finished(out) and not force: raise FileExistsError(f'{out} holds a finished run: pass force=True to train again, or another folder')
     if out and force: shutil.rmtree(out/'checkpoints', ignore_errors=True)
-    task = make_task(pipe, reward_fn, read_prompts(prompts), teacher, data, num_steps, seed, opts.lora_rank)
+    task = make_task(pipe, None if arm in NO_REWARD else reward_fn, read_prompts(prompts), teacher, data, num_steps, seed, opts.lora_rank)
     rows = train(cls(task, opts), opts.outer_steps, out/'checkpoints' if out else None)
     return finish(task, pipe, rows, arm, opts, profile, out, before_record)
 
@@ -385,7 +385,7 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
 def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile: str, out: Path | None, before_record=None) -> Run:
     "Save weights, metrics and, last, the record."
     task.pipe.unet.eval().requires_grad_(False)
-    record = dict(arm=arm, reward=task.reward.name, num_steps=task.num_steps, seed=task.seed, profile=profile, n_prompts=len(task.texts),
+    record = dict(arm=arm, reward=task.reward.name if task.reward else 'none', num_steps=task.num_steps, seed=task.seed, profile=profile, n_prompts=len(task.texts),
                   parameters=asdict(opts), environment=environment(), **task.budget.record())
     run = Run(task.pipe, base, pd.DataFrame(rows), record, out)
     if before_record: before_record(run)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['IMAGE_SIZE', 'COLOURS', 'SHAPES', 'RADII', 'TEXTURES', 'COMBOS', 'HELD_OUT', 'SEEN', 'KINDS', 'THREE_THINGS',
            'SIZE_WORDS', 'NUMBER_WORDS', 'RELATIONS', 'OPENINGS', 'SIZE_OF', 'PHRASE', 'RELATION', 'SPLITS', 'CHROMA',
-           'COLOUR_CHROMA', 'TEMPERATURE', 'signed_distances', 'coverage', 'grid', 'Scenes', 'place', 'choose_things',
-           'sample_scenes', 'render_ground', 'render', 'cat_scenes', 'show_images', 'Speaker', 'relation_between',
-           'captions', 'Phrase', 'parse', 'parse_relation', 'prompts', 'scenes_of', 'colour_maps', 'templates',
-           'explained', 'presence', 'ask', 'Thing', 'detect', 'phrases_of', 'near_misses', 'detector_accuracy']
+           'COLOUR_CHROMA', 'TEMPERATURE', 'signed_distances', 'coverage', 'grid', 'Scenes', 'cat_scenes', 'clearance',
+           'place', 'choose_things', 'sample_scenes', 'show_images', 'ground_patterns', 'render_ground', 'render',
+           'Speaker', 'relation_between', 'sentence', 'captions', 'Phrase', 'parse', 'parse_relation', 'prompts',
+           'scenes_of', 'colour_maps', 'templates', 'explained', 'presence', 'template_weights', 'ask', 'Thing',
+           'detect', 'phrases_of', 'near_misses', 'detector_accuracy']
 
 # %% ../nbs/01_shapes.ipynb #0002
-import math, random, re
+import math, random, re, textwrap
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -24,8 +25,8 @@ from .core import generator
 IMAGE_SIZE = 32
 COLOURS = dict(red=(.90, .10, .10), orange=(.95, .52, .05), yellow=(.95, .90, .10), green=(.10, .70, .15),
                cyan=(.10, .80, .85), blue=(.15, .25, .90), purple=(.55, .15, .80), pink=(.95, .35, .70))
-SHAPES = ('circle', 'square', 'triangle', 'cross', 'diamond', 'ring')
-RADII = dict(small=3.6, large=5.2) # radius in pixels of the circle of that size
+SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
+RADII = dict(small=4., large=5.4) # radius in pixels of the circle of that size
 TEXTURES = ('plain', 'shaded', 'striped', 'checked', 'cloudy')
 
 # %% ../nbs/01_shapes.ipynb #0007
@@ -36,12 +37,12 @@ SEEN = [combo for combo in COMBOS if combo not in HELD_OUT]
 # %% ../nbs/01_shapes.ipynb #0010
 def signed_distances(u, v, # offsets in pixels from the centre, v pointing down
                      r # radius of the circle of equal area
-                    ) -> torch.Tensor: # (6, ...) pixels, negative inside, in the order of `SHAPES`
+                    ) -> torch.Tensor: # (5, ...) pixels, negative inside, in the order of `SHAPES`
     "Distance to the edge of every shape."
     au, av, rho = u.abs(), v.abs(), (u*u + v*v).sqrt()
     triangle = torch.maximum(v, math.sqrt(3)/2*au - v/2) - .7775*r
     cross = torch.minimum(torch.maximum(au-1.2*r, av-.45*r), torch.maximum(av-1.2*r, au-.45*r))
-    return torch.stack([rho-r, torch.maximum(au, av)-.886*r, triangle, cross, (au+av-1.253*r)/math.sqrt(2), (rho-.9*r).abs()-.3*r])
+    return torch.stack([rho-r, torch.maximum(au, av)-.886*r, triangle, cross, (rho-.9*r).abs()-.3*r])
 
 # %% ../nbs/01_shapes.ipynb #0011
 def coverage(distance): return (.5-distance).clamp(0, 1)
@@ -65,7 +66,22 @@ class Scenes:
     def __len__(self): return len(self.shape)
     def __getitem__(self, i): return Scenes(*(getattr(self, f.name)[i] for f in fields(self)))
 
-# %% ../nbs/01_shapes.ipynb #0017
+# %% ../nbs/01_shapes.ipynb #0016
+def cat_scenes(parts: list[Scenes]) -> Scenes:
+    "Several batches as one."
+    return Scenes(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Scenes)))
+
+# %% ../nbs/01_shapes.ipynb #0019
+def clearance(p: torch.Tensor, # (B, tries, 3, 2) positions in pixels
+              reach: torch.Tensor # (B, 3) pixels, 0 where there is no thing
+             ) -> torch.Tensor: # (B, tries) pixels, 99 where there is one thing only
+    "The smallest gap between two things of a scene."
+    gap = torch.cdist(p, p) - (reach[:, :, None]+reach[:, None, :])[:, None]
+    absent = reach == 0
+    ignored = absent[:, :, None] | absent[:, None, :] | torch.eye(reach.shape[1], dtype=bool)
+    return gap.masked_fill(ignored[:, None], 99).amin((2, 3))
+
+# %% ../nbs/01_shapes.ipynb #0023
 def place(reach: torch.Tensor, # (B, 3) pixels a thing needs around its centre, 0 where there is none
           generator: torch.Generator, tries: int = 64
          ) -> tuple[torch.Tensor, torch.Tensor]: # x and y, (B, 3) pixels
@@ -73,17 +89,15 @@ def place(reach: torch.Tensor, # (B, 3) pixels a thing needs around its centre, 
     b, k = reach.shape
     lo, room = reach, IMAGE_SIZE - 2*reach
     p = lo[:, None, :, None] + room[:, None, :, None]*torch.rand(b, tries, k, 2, generator=generator)
-    gap = torch.cdist(p, p) - (reach[:, :, None]+reach[:, None, :])[:, None]
-    absent = (reach == 0)
-    ignored = absent[:, :, None] | absent[:, None, :] | torch.eye(k, dtype=bool)
-    slack = gap.masked_fill(ignored[:, None], 99).amin((2, 3))
+    slack = clearance(p, reach)
     best = torch.where((slack >= 0).any(1), (slack >= 0).float().argmax(1), slack.argmax(1))
     return p[torch.arange(b), best].unbind(-1)
 
-# %% ../nbs/01_shapes.ipynb #0020
+# %% ../nbs/01_shapes.ipynb #0026
 KINDS = ('attribute', 'relation', 'count')
 THREE_THINGS = .6 # share of attribute scenes with three things; the rest have two
 
+# %% ../nbs/01_shapes.ipynb #0027
 def choose_things(kind: str, combos: list, # (colour, shape) pairs allowed
                   n: int, generator: torch.Generator
                  ) -> tuple[torch.Tensor, torch.Tensor]: # colour and shape, (n, 3), -1 where there is none
@@ -96,7 +110,7 @@ def choose_things(kind: str, combos: list, # (colour, shape) pairs allowed
     absent = torch.arange(3) >= count[:, None]
     return colour.masked_fill(absent, -1), shape.masked_fill(absent, -1)
 
-# %% ../nbs/01_shapes.ipynb #0022
+# %% ../nbs/01_shapes.ipynb #0029
 def sample_scenes(n: int, # how many
                   generator: torch.Generator, kind: str = 'attribute', # one of `KINDS`
                   combos: list = COMBOS # (colour, shape) pairs allowed
@@ -110,24 +124,45 @@ def sample_scenes(n: int, # how many
     x, y = place((1.35*r).masked_fill(shape < 0, 0), generator)
     return Scenes(shape, colour, large, x, y, .85+.15*rand(n, 3), (rand(n)*len(TEXTURES)).long(), rand(n, 8))
 
-# %% ../nbs/01_shapes.ipynb #0025
-def render_ground(texture: torch.Tensor, # (B,) index in `TEXTURES`
-                  ground: torch.Tensor # (B, 8) in [0, 1]
-                 ) -> torch.Tensor: # (B, 3, 32, 32) in [0, 1]
-    "Backgrounds."
+# %% ../nbs/01_shapes.ipynb #0032
+def show_images(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
+                titles=None, ncols: int = 8, scale: float = 1.3): # scale in inches a picture
+    "A grid of pictures, enlarged without smoothing; returns the figure."
+    import matplotlib.pyplot as plt
+    titles = [textwrap.fill(t, int(14*scale)) for t in titles or ['']*len(images)]
+    rows = [titles[i:i+ncols] for i in range(0, len(images), ncols)]
+    lines = sum(max(t.count('\n')+bool(t) for t in row) for row in rows)
+    fig, axes = plt.subplots(len(rows), ncols, figsize=(scale*ncols, scale*len(rows)+.14*lines), squeeze=False, layout='constrained')
+    for ax in axes.flat: ax.axis('off')
+    for ax, image, title in zip(axes.flat, images.detach().float().cpu().clamp(0, 1), titles):
+        ax.imshow(image.permute(1, 2, 0), interpolation='nearest')
+        ax.set_title(title, fontsize=7)
+    return fig
+
+# %% ../nbs/01_shapes.ipynb #0035
+def ground_patterns(angle: torch.Tensor, # (B, 1, 1) turns, like the next two in [0, 1]
+                    freq: torch.Tensor, phase: torch.Tensor
+                   ) -> torch.Tensor: # (5, B, 32, 32) within about -1 to 1, in the order of `TEXTURES`
+    "All textures of every scene."
     gx, gy = ((g/IMAGE_SIZE-.5)[None] for g in grid())
-    level, angle, freq, phase, amp, *tint = (ground[:, i, None, None] for i in range(8))
     across = gx*(2*math.pi*angle).cos() + gy*(2*math.pi*angle).sin()
     along = gy*(2*math.pi*angle).cos() - gx*(2*math.pi*angle).sin()
     wave = lambda t, f: (2*math.pi*(f*t+phase)).sin()
     f = 2+2*freq
     cloudy = (wave(across, 1+f/3)+wave(along, 1.3+f/4)+wave(across+gx, f/2))/2
-    patterns = torch.stack([0*across, 1.5*across, wave(across, f), (6*wave(across, f)*wave(along, f)).tanh(), cloudy])
-    pattern = patterns[texture, torch.arange(len(texture))]
+    return torch.stack([0*across, 1.5*across, wave(across, f), (6*wave(across, f)*wave(along, f)).tanh(), cloudy])
+
+# %% ../nbs/01_shapes.ipynb #0038
+def render_ground(texture: torch.Tensor, # (B,) index in `TEXTURES`
+                  ground: torch.Tensor # (B, 8) in [0, 1]
+                 ) -> torch.Tensor: # (B, 3, 32, 32) in [0, 1]
+    "Backgrounds."
+    level, angle, freq, phase, amp, *tint = (ground[:, i, None, None] for i in range(8))
+    pattern = ground_patterns(angle, freq, phase)[texture, torch.arange(len(texture))]
     grey = .3+.4*level+(.02+.05*amp)*pattern
     return (grey[:, None] + .05*(torch.stack(tint, 1)-.5)).clamp(0, 1)
 
-# %% ../nbs/01_shapes.ipynb #0026
+# %% ../nbs/01_shapes.ipynb #0041
 def render(scenes: Scenes) -> torch.Tensor: # (B, 3, 32, 32) in [0, 1]
     "The pictures of `scenes`."
     gx, gy = grid()
@@ -141,31 +176,13 @@ def render(scenes: Scenes) -> torch.Tensor: # (B, 3, 32, 32) in [0, 1]
     for k in range(3): image = torch.lerp(image, col(rgb[:, k]), alpha[:, k, None])
     return image
 
-# %% ../nbs/01_shapes.ipynb #0027
-def cat_scenes(parts: list[Scenes]) -> Scenes:
-    "Several batches as one."
-    return Scenes(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Scenes)))
-
-# %% ../nbs/01_shapes.ipynb #0028
-def show_images(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
-                titles=None, ncols: int = 8, scale: float = 1.3):
-    "A grid of pictures, enlarged without smoothing; returns the figure."
-    import matplotlib.pyplot as plt
-    nrows = math.ceil(len(images)/ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(scale*ncols, scale*nrows*(1.25 if titles else 1)), squeeze=False, layout='constrained')
-    for ax in axes.flat: ax.axis('off')
-    for i, (ax, image) in enumerate(zip(axes.flat, images.detach().float().cpu())):
-        ax.imshow(image.clamp(0, 1).permute(1, 2, 0), interpolation='nearest')
-        if titles: ax.set_title(titles[i], fontsize=7, wrap=True)
-    return fig
-
-# %% ../nbs/01_shapes.ipynb #0031
+# %% ../nbs/01_shapes.ipynb #0044
 SIZE_WORDS = dict(small=('small', 'little', 'tiny'), large=('large', 'big', 'huge'))
 NUMBER_WORDS = ('a', 'two', 'three')
 RELATIONS = {'to the left of': (-1, 0), 'left of': (-1, 0), 'to the right of': (1, 0), 'right of': (1, 0), 'above': (0, -1), 'over': (0, -1), 'below': (0, 1), 'under': (0, 1)}
 OPENINGS = ('', '', '', 'a picture of ', 'an image with ', 'a photo of ', 'a drawing of ', 'there is ', 'we see ', 'here is ')
 
-# %% ../nbs/01_shapes.ipynb #0032
+# %% ../nbs/01_shapes.ipynb #0045
 class Speaker:
     "Puts scenes into words; its choice of words is seeded by a draw from `generator`."
     def __init__(self, generator: torch.Generator): self.random = random.Random(int(torch.randint(2**62, (), generator=generator)))
@@ -178,33 +195,38 @@ class Speaker:
         article = 'an' if number == 1 and words[0] in 'aeiou' else NUMBER_WORDS[number-1]
         return f'{article} {words}'
 
-# %% ../nbs/01_shapes.ipynb #0034
+# %% ../nbs/01_shapes.ipynb #0047
 def relation_between(dx: float, dy: float) -> tuple[int, int]: # pixels, from the second thing to the first
     "The main direction, as in `RELATIONS`."
     return (int(math.copysign(1, dx)), 0) if abs(dx) >= abs(dy) else (0, int(math.copysign(1, dy)))
 
-# %% ../nbs/01_shapes.ipynb #0035
+# %% ../nbs/01_shapes.ipynb #0050
+def sentence(speaker: Speaker, kind: str, # one of `KINDS`
+             shape: list, colour: list, large: list, x: list, y: list # of one scene, as in `Scenes`
+            ) -> str:
+    "What one scene shows; things are named in random order."
+    things = [k for k in range(3) if shape[k] >= 0]
+    speaker.random.shuffle(things)
+    say = lambda k, n=1: speaker.phrase(colour[k], shape[k], large[k], n)
+    if kind == 'count': return say(things[0], len(things))
+    if kind == 'attribute': return ', '.join(map(say, things[:-1])) + f' and {say(things[-1])}'
+    a, b = things
+    direction = relation_between(x[a]-x[b], y[a]-y[b])
+    return f'{say(a)} {speaker.choose([w for w, d in RELATIONS.items() if d == direction])} {say(b)}'
+
+# %% ../nbs/01_shapes.ipynb #0052
 def captions(scenes: Scenes, # a batch
              kind: str, # the kind it was sampled as
              generator: torch.Generator # for the choice of words
             ) -> list[str]:
-    "One caption a scene; things are named in random order."
+    "One caption a scene, in random words."
     speaker, out = Speaker(generator), []
-    rows = zip(*(getattr(scenes, k).tolist() for k in ('shape', 'colour', 'large', 'x', 'y')))
-    for shape, colour, large, x, y in rows:
-        things = [k for k in range(3) if shape[k] >= 0]
-        speaker.random.shuffle(things)
-        say = lambda k, n=1: speaker.phrase(colour[k], shape[k], large[k], n)
-        if kind == 'count': text = say(things[0], len(things))
-        elif kind == 'relation':
-            a, b = things
-            direction = relation_between(x[a]-x[b], y[a]-y[b])
-            text = f'{say(a)} {speaker.choose([w for w, d in RELATIONS.items() if d == direction])} {say(b)}'
-        else: text = ', '.join(map(say, things[:-1])) + f' and {say(things[-1])}'
+    for row in zip(*(getattr(scenes, k).tolist() for k in ('shape', 'colour', 'large', 'x', 'y'))):
+        text = sentence(speaker, kind, *row)
         out.append(speaker.choose(OPENINGS) + text)
     return out
 
-# %% ../nbs/01_shapes.ipynb #0039
+# %% ../nbs/01_shapes.ipynb #0056
 @dataclass(frozen=True)
 class Phrase:
     "A noun phrase: `number` things of one colour and shape; `size` is None where the text names none."
@@ -216,13 +238,13 @@ class Phrase:
 SIZE_OF = {word: size for size, words in SIZE_WORDS.items() for word in words}
 PHRASE = re.compile(rf"\b(?:(an?|one|two|three)\s+)?(?:({'|'.join(SIZE_OF)})\s+)?({'|'.join(COLOURS)})\s+({'|'.join(SHAPES)})(?:e?s)?\b")
 
-# %% ../nbs/01_shapes.ipynb #0040
+# %% ../nbs/01_shapes.ipynb #0057
 def parse(prompt: str) -> list[Phrase]: # empty where nothing of this world is named
     "The noun phrases of `prompt`, in order."
     number = lambda w: {'two': 2, 'three': 3}.get(w, 1)
     return [Phrase(number(n), SIZE_OF.get(size), colour, shape) for n, size, colour, shape in PHRASE.findall(prompt.lower())]
 
-# %% ../nbs/01_shapes.ipynb #0042
+# %% ../nbs/01_shapes.ipynb #0059
 RELATION = re.compile('|'.join(sorted(RELATIONS, key=len, reverse=True)))
 
 def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `RELATIONS`, None where there is none
@@ -230,7 +252,7 @@ def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `REL
     found = RELATION.search(prompt.lower())
     return RELATIONS[found[0]] if found else None
 
-# %% ../nbs/01_shapes.ipynb #0046
+# %% ../nbs/01_shapes.ipynb #0063
 SPLITS = ('train', 'validation', 'test')
 
 @cache
@@ -241,7 +263,7 @@ def _pool(split: str, combos: str, kind: str) -> tuple[str, ...]:
     earlier = {t for s in SPLITS[:SPLITS.index(split)] for t in _pool(s, combos, kind)}
     return tuple(t for t in texts if t not in earlier)
 
-# %% ../nbs/01_shapes.ipynb #0047
+# %% ../nbs/01_shapes.ipynb #0064
 def prompts(split: str, # 'train', 'validation' or 'test'
             n: int, # at most about 600
             combos: str = 'seen', # 'seen' or 'held_out' combinations of colour and shape
@@ -253,7 +275,17 @@ def prompts(split: str, # 'train', 'validation' or 'test'
     if n > len(pool): raise ValueError(f'{split} has {len(pool)} {combos} {kind} prompts, {n} were asked for')
     return list(pool[:n])
 
-# %% ../nbs/01_shapes.ipynb #0051
+# %% ../nbs/01_shapes.ipynb #0068
+def _place_scene(scenes: Scenes, i: int, relation, generator: torch.Generator, tries: int = 32):
+    "Draw positions of scene `i` until its relation holds."
+    r = torch.where(scenes.large[i], RADII['large'], RADII['small'])
+    reach = (1.35*r).masked_fill(scenes.shape[i] < 0, 0)
+    x, y = place(reach.expand(tries, 3), generator)
+    fits = [relation in (None, relation_between(float(x[k, 0]-x[k, 1]), float(y[k, 0]-y[k, 1]))) for k in range(tries)]
+    k = fits.index(True) if True in fits else 0
+    scenes.x[i], scenes.y[i] = x[k], y[k]
+
+# %% ../nbs/01_shapes.ipynb #0070
 def scenes_of(texts: list[str], # prompts
               generator: torch.Generator) -> Scenes:
     "One scene for each prompt, with the things it names, in the relation it names."
@@ -267,16 +299,7 @@ def scenes_of(texts: list[str], # prompts
         _place_scene(scenes, i, parse_relation(text) if len(things) == 2 else None, generator)
     return scenes
 
-def _place_scene(scenes: Scenes, i: int, relation, generator: torch.Generator, tries: int = 32):
-    "Draw positions of scene `i` until its relation holds."
-    r = torch.where(scenes.large[i], RADII['large'], RADII['small'])
-    reach = (1.35*r).masked_fill(scenes.shape[i] < 0, 0)
-    x, y = place(reach.expand(tries, 3), generator)
-    fits = [relation in (None, relation_between(float(x[k, 0]-x[k, 1]), float(y[k, 0]-y[k, 1]))) for k in range(tries)]
-    k = fits.index(True) if True in fits else 0
-    scenes.x[i], scenes.y[i] = x[k], y[k]
-
-# %% ../nbs/01_shapes.ipynb #0054
+# %% ../nbs/01_shapes.ipynb #0073
 CHROMA = torch.tensor([[2, -1, -1], [0, math.sqrt(3), -math.sqrt(3)]])/math.sqrt(6)
 COLOUR_CHROMA = torch.tensor(list(COLOURS.values())) @ CHROMA.T # (8, 2)
 
@@ -290,27 +313,28 @@ def colour_maps(images: torch.Tensor # (B, 3, 32, 32) in [0, 1]
     length = torch.einsum('kd,bdhw->bkhw', ray/ray.square().sum(1, keepdim=True), chroma)
     return share*(length/.925).clamp(0, 1)
 
-# %% ../nbs/01_shapes.ipynb #0057
+# %% ../nbs/01_shapes.ipynb #0076
 @cache
-def templates() -> tuple[torch.Tensor, torch.Tensor]: # (12, 21, 21) each: T and W; six small shapes, then six large
+def templates() -> tuple[torch.Tensor, torch.Tensor]: # (10, 21, 21) each: T and W; five small shapes, then five large
     "What each shape looks like at each size, and where to look."
     gx, gy = grid(21)
     d = torch.cat([signed_distances(gx-10.5, gy-10.5, torch.tensor(r)) for r in RADII.values()])
     return coverage(d), (coverage(d-2) > .5).float()
 
+# %% ../nbs/01_shapes.ipynb #0078
 def explained(maps: torch.Tensor # (N, 32, 32) opacity of one colour
-             ) -> torch.Tensor: # (N, 12, 32, 32), at most 1; 1 is a perfect match
+             ) -> torch.Tensor: # (N, 10, 32, 32), at most 1; 1 is a perfect match
     "The fraction q of every template, at every position."
     t, w = templates()
     energy = t.square().sum((1, 2))
     weight = torch.stack([2*t, -w], 1)/energy[:, None, None, None]
     return F.conv2d(torch.stack([maps, maps.square()], 1), weight.to(maps), padding=10)
 
-# %% ../nbs/01_shapes.ipynb #0060
+# %% ../nbs/01_shapes.ipynb #0081
 TEMPERATURE = .015
 
 def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
-            ) -> torch.Tensor: # (N, 12, 32, 32) in [0, 1], 0 off the peaks
+            ) -> torch.Tensor: # (N, 10, 32, 32) in [0, 1], 0 off the peaks
     "How surely each shape and size stands at each position."
     q = explained(maps)
     best = q.amax(1, keepdim=True)
@@ -318,23 +342,29 @@ def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
     nearby = F.max_pool2d(q, 3, 1, 1)
     return (nearby/TEMPERATURE).softmax(1) * ((best-.2)/.5).clamp(0, 1) * peak
 
-# %% ../nbs/01_shapes.ipynb #0061
+# %% ../nbs/01_shapes.ipynb #0084
+def template_weights(phrases: list[Phrase]) -> torch.Tensor: # (N, 10), 1 where a template is what the phrase names
+    "One template where the phrase names a size, both sizes where it names none."
+    weight = torch.zeros(len(phrases), 2*len(SHAPES))
+    for row, p in zip(weight, phrases):
+        if p.size != 'large': row[SHAPES.index(p.shape)] = 1
+        if p.size != 'small': row[SHAPES.index(p.shape)+len(SHAPES)] = 1
+    return weight
+
+# %% ../nbs/01_shapes.ipynb #0086
 def ask(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
         phrases: list[list[Phrase]] # the questions to each picture
        ) -> list[torch.Tensor]: # for each picture, one answer in [0, 1] a question
     "Is there such a thing in the picture?"
-    flat = [(i, list(COLOURS).index(p.colour), SHAPES.index(p.shape), p.size) for i, ps in enumerate(phrases) for p in ps]
+    flat = [p for ps in phrases for p in ps]
     if not flat: return [torch.ones(0) for _ in phrases]
-    i, colour, shape, size = zip(*flat)
-    seen = presence(colour_maps(images)[list(i), list(colour)])
-    weight = torch.zeros(len(flat), 12)
-    for n, (s, z) in enumerate(zip(shape, size)):
-        if z != 'large': weight[n, s] = 1
-        if z != 'small': weight[n, s+6] = 1
-    answers = torch.einsum('nkhw,nk->nhw', seen, weight.to(seen)).amax((1, 2)).clamp(max=1)
-    return list(answers.split([len(p) for p in phrases]))
+    picture = [i for i, ps in enumerate(phrases) for _ in ps]
+    colour = [list(COLOURS).index(p.colour) for p in flat]
+    seen = presence(colour_maps(images)[picture, colour])
+    answers = torch.einsum('nkhw,nk->nhw', seen, template_weights(flat).to(seen)).amax((1, 2)).clamp(max=1)
+    return list(answers.split([len(ps) for ps in phrases]))
 
-# %% ../nbs/01_shapes.ipynb #0064
+# %% ../nbs/01_shapes.ipynb #0089
 @dataclass(frozen=True)
 class Thing:
     "A detected thing; `x` and `y` in pixels, `sure` in [0, 1]."
@@ -345,29 +375,26 @@ class Thing:
     y: float
     sure: float
 
-# %% ../nbs/01_shapes.ipynb #0065
+# %% ../nbs/01_shapes.ipynb #0090
 def detect(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
            threshold: float = .5 # least presence to count
           ) -> list[list[Thing]]: # for each picture, surest first
     "All things seen, without being asked."
-    b = len(images)
-    maps = colour_maps(images)
+    maps, out = colour_maps(images), [[] for _ in images]
     live = (maps.flatten(2).sum(2) > 8).nonzero() # a small thing covers 40 pixels
-    if not len(live): return [[] for _ in range(b)]
-    seen = presence(maps[live[:, 0], live[:, 1]])
-    best, k = seen.max(1)
-    out = [[] for _ in range(b)]
+    best, k = presence(maps[live[:, 0], live[:, 1]]).max(1)
     for n, y, x in (best > threshold).nonzero().tolist():
         i, c = live[n].tolist()
-        shape, size = SHAPES[int(k[n, y, x]) % 6], list(RADII)[int(k[n, y, x]) // 6]
-        out[i].append(Thing(list(COLOURS)[c], shape, size, x+.5, y+.5, float(best[n, y, x])))
+        size, shape = divmod(int(k[n, y, x]), len(SHAPES))
+        out[i].append(Thing(list(COLOURS)[c], SHAPES[shape], list(RADII)[size], x+.5, y+.5, float(best[n, y, x])))
     return [sorted(things, key=lambda t: -t.sure) for things in out]
 
-# %% ../nbs/01_shapes.ipynb #0068
+# %% ../nbs/01_shapes.ipynb #0093
 def phrases_of(scene: Scenes) -> list[Phrase]:
     "The true phrases of one scene, sizes named."
     return [Phrase(1, 'large' if l else 'small', list(COLOURS)[c], SHAPES[s]) for c, s, l in zip(scene.colour.tolist(), scene.shape.tolist(), scene.large.tolist()) if s >= 0]
 
+# %% ../nbs/01_shapes.ipynb #0094
 def near_misses(phrases: list[Phrase], generator: torch.Generator) -> list[Phrase]:
     "For each phrase one that differs in one attribute and is not in the scene."
     out = []
@@ -377,7 +404,7 @@ def near_misses(phrases: list[Phrase], generator: torch.Generator) -> list[Phras
         out.append(options[int(torch.randint(len(options), (), generator=generator))])
     return out
 
-# %% ../nbs/01_shapes.ipynb #0069
+# %% ../nbs/01_shapes.ipynb #0096
 def detector_accuracy(images: torch.Tensor, # pictures of `scenes`, rendered or reconstructed
                       scenes: Scenes, generator: torch.Generator
                      ) -> dict[str, float]: # shares in [0, 1]

@@ -9,7 +9,7 @@ from lasro.core import check_writable
 from lasro.finetune import finetune
 
 SMALL = dict(profile='smoke')
-PROMPTS = ['a red ring and a blue cross', 'a large green square and a small pink circle', 'a cyan diamond and a red square', 'an orange cross and a blue ring']
+PROMPTS = ['a red ring and a blue cross', 'a large green square and a small pink circle', 'a cyan circle and a red square', 'an orange cross and a blue ring']
 
 
 def brightness(images, prompts, metadata): return images.mean((1, 2, 3)), {}
