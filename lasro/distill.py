@@ -179,7 +179,7 @@ def teacher_loss(unet, pipe, data, step: int, n: int = 64) -> torch.Tensor:
 # %% ../nbs/04_distill.ipynb #0043
 @torch.no_grad()
 def teacher_sample(unet, cond: Conditioning, noise: torch.Tensor, # x_T
-                   num_steps: int = 25, guidance_scale: float = 3., scheduler=None) -> torch.Tensor:
+                   num_steps: int = 25, guidance_scale: float = 3.) -> torch.Tensor:
     "Sample the teacher by DDIM with classifier-free guidance."
     scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', timestep_spacing='trailing', clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(num_steps)

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from .core import ASSETS
 from .models import MAX_TOKENS, PreferenceModel, check_manifest, load_module
-from .shapes import COLOURS, OPENINGS, RADII, SHAPES, Phrase, Thing, ask, colour_maps, detect, parse, parse_relation, presence, prompts
+from .shapes import COLOURS, OPENINGS, Phrase, Thing, ask, colour_maps, detect, parse, parse_relation, presence, prompts, template_weights
 
 # %% ../nbs/05_rewards.ipynb #0004
 transformers_logging.disable_progress_bar()
@@ -201,9 +201,8 @@ def places(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
           ) -> torch.Tensor: # (B, 32, 32) in [0, 1], 0 off the peaks
     "How surely the thing stands at each position."
     colours = [list(COLOURS).index(p.colour) for p in phrases]
-    fits = [[SHAPES[k % 6] == p.shape and p.size in (None, list(RADII)[k//6]) for k in range(12)] for p in phrases]
     seen = presence(colour_maps(images)[range(len(images)), colours])
-    return torch.einsum('bkhw,bk->bhw', seen, torch.tensor(fits).to(seen)).clamp(max=1)
+    return torch.einsum('bkhw,bk->bhw', seen, template_weights(phrases).to(seen)).clamp(max=1)
 
 # %% ../nbs/05_rewards.ipynb #0054
 def locate(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]

@@ -337,10 +337,13 @@ def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
             ) -> torch.Tensor: # (N, 10, 32, 32) in [0, 1], 0 off the peaks
     "How surely each shape and size stands at each position."
     q = explained(maps)
-    best = q.amax(1, keepdim=True)
-    peak = best == F.max_pool2d(best, 9, 1, 4)
-    nearby = F.max_pool2d(q, 3, 1, 1)
-    return (nearby/TEMPERATURE).softmax(1) * ((best-.2)/.5).clamp(0, 1) * peak
+    best = q.amax(1)
+    n, y, x = ((best > .2) & (best == F.max_pool2d(best, 9, 1, 4))).nonzero().unbind(1) # a few of 1,024
+    window = F.pad(q, [1]*4, value=-9).unfold(2, 3, 1).unfold(3, 3, 1) # a peak's match is the best within a pixel
+    p = (window[n, :, y, x].amax((2, 3))/TEMPERATURE).softmax(1)
+    out = torch.zeros_like(q)
+    out[n, :, y, x] = p * ((best[n, y, x]-.2)/.5).clamp(0, 1)[:, None]
+    return out
 
 # %% ../nbs/01_shapes.ipynb #0084
 def template_weights(phrases: list[Phrase]) -> torch.Tensor: # (N, 10), 1 where a template is what the phrase names
