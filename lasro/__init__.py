@@ -1,7 +1,9 @@
 "Reward fine-tuning of few-step diffusion models with any reward. Generated from nbs/, but for this file."
 __version__ = "0.1.0"
 
-import importlib.util, sys
+import importlib.util, sys, warnings
+
+warnings.filterwarnings('ignore', message='IProgress not found') # without ipywidgets, tqdm draws its bars as text
 
 
 class _TorchvisionBesideCpuTorch:
