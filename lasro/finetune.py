@@ -246,7 +246,7 @@ def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
     s = [self.normalise[j](x) for j, x in zip(used, r)]
     t.budget.forward(o.batch_size*t.num_steps, backward=True)
     t.budget.forward(o.batch_size*len(used), backward=True, share=.5) # the surrogate is half a UNet
-    row = dict(surrogate=float(r[-1].mean()), clipped=float((s[-1] >= 1).float().mean()))
+    row = dict(surrogate=r[-1].mean().item(), clipped=(s[-1] >= 1).float().mean().item())
     reward_loss = -sum(weights[j]*x.mean() for j, x in zip(used, s))
     if not o.c: return reward_loss, row
     lcm = self.lcm(k, i)
