@@ -328,7 +328,7 @@ def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start
     return 0, []
 
 # %% ../nbs/09_lasro.ipynb #0072
-@dataclass
+@dataclass(repr=False)
 class Run:
     "A finished fine-tuning: the tuned pipeline, the one it came from, its curve and its cost."
     pipe: StableDiffusionXLPipeline
@@ -336,10 +336,10 @@ class Run:
     metrics: pd.DataFrame
     record: dict
     out: Path | None = None
-    def _repr_markdown_(self):
+    def __repr__(self):
         r, m = self.record, self.metrics
         gain = f", true reward on fresh samples {m.reward.iloc[0]:.3f} → {m.reward.iloc[-3:].mean():.3f}" if 'reward' in m else ''
-        return f"**{r['arm']}** on {r['reward']}: {len(m)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}"
+        return f"{r['arm']} on {r['reward']}: {len(m)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}"
 
 # %% ../nbs/09_lasro.ipynb #0073
 @patch
