@@ -307,7 +307,7 @@ def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(heads['shapes'], present) + .3*F.cross_entropy(heads['textures'], scenes.texture) + .3*F.cross_entropy(heads['corruption'], kind)
 
 # %% ../nbs/04_distill.ipynb #0074
-STEPS = dict(towers=800, vae=3000, teacher=9000, student=2500, preference=1200, features=1000)
+STEPS = dict(towers=800, vae=3000, teacher=2000, student=260, preference=200, features=200)
 SMOKE_STEPS = dict.fromkeys(STEPS, 2)
 TEACHER_GUIDANCE = 3.
 
