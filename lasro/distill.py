@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SMOKE_STEPS', 'TEACHER_GUIDANCE', 'cosine_lr', 'update_average', 'save_fit', 'resume_fit', 'fit', 'batch_of',
-           'swap_words', 'make_tokenizer', 'Towers', 'contrastive_loss', 'vae_loss', 'set_scaling_factor',
+           'swap_words', 'make_tokenizer', 'Towers', 'word_loss', 'contrastive_loss', 'vae_loss', 'set_scaling_factor',
            'latent_dataset', 'drop_captions', 'teacher_loss', 'teacher_sample', 'ddim_step', 'lcm_loss', 'distill_loss',
            'change_one', 'blur', 'spoil', 'preference_samples', 'preference_pairs', 'preference_loss', 'standardise',
            'corrupt', 'feature_loss', 'train_towers', 'train_vae', 'train_teacher', 'train_student', 'train_judges',
@@ -117,23 +117,35 @@ class Towers(nn.Module):
         self.text_1, self.text_2, self.vision = build_towers(tokenizer)
         self.project_1 = nn.Linear(48, 64, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.5))
-    def forward(self, images: torch.Tensor, texts: list[str]):
-        "Unit embeddings of pictures and, by each text tower, of texts."
-        ids = self.tokenizer(texts, padding='max_length', truncation=True, return_tensors='pt').input_ids
-        embeds = self.vision((images-.5)/.25).image_embeds, self.project_1(self.text_1(ids).pooler_output), self.text_2(ids).text_embeds
-        return [F.normalize(e, dim=-1) for e in embeds]
+        self.words = nn.Linear(48+64, 3*len(tokenizer))
+    def ids(self, texts: list[str]) -> torch.Tensor: return self.tokenizer(texts, padding='max_length', truncation=True, return_tensors='pt').input_ids
+    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        "Unit embeddings of pictures and, by each text tower, of texts; logits of the words around each position."
+        text = [t(ids, output_hidden_states=True) for t in (self.text_1, self.text_2)]
+        embeds = self.vision((images-.5)/.25).image_embeds, self.project_1(text[0].pooler_output), text[1].text_embeds
+        states = torch.cat([t.hidden_states[-2] for t in text], -1)
+        return [F.normalize(e, dim=-1) for e in embeds], self.words(states).unflatten(-1, (3, -1))
 
 # %% ../nbs/04_distill.ipynb #0029
+def word_loss(logits: torch.Tensor, # (B, T, 3, V)
+              ids: torch.Tensor # (B, T)
+             ) -> torch.Tensor:
+    "Cross-entropy of the word at each position and of the two before it."
+    target = torch.stack([ids[:, 2-k:ids.shape[1]-k] for k in range(3)], -1)
+    return F.cross_entropy(logits[:, 2:].flatten(0, 2), target.flatten())
+
+# %% ../nbs/04_distill.ipynb #0032
 def contrastive_loss(towers: Towers, step: int, n: int = 128) -> torch.Tensor:
     "Symmetric cross-entropy; n more texts with exchanged words are negatives of every picture."
     scenes, texts = batch_of(step, n, 'towers')
     g = generator(0, 'swap', step)
-    image, *text = towers(render(scenes), texts+[swap_words(t, g) for t in texts])
+    ids = towers.ids(texts+[swap_words(t, g) for t in texts])
+    (image, *text), words = towers(render(scenes), ids)
     logits = [towers.scale.exp()*image @ t.T for t in text]
     target = torch.arange(n)
-    return sum(F.cross_entropy(l, target)+F.cross_entropy(l[:, :n].T, target) for l in logits)
+    return word_loss(words[:n], ids[:n]) + sum(F.cross_entropy(l, target)+F.cross_entropy(l[:, :n].T, target) for l in logits)
 
-# %% ../nbs/04_distill.ipynb #0032
+# %% ../nbs/04_distill.ipynb #0035
 def vae_loss(vae: AutoencoderKL, step: int, n: int = 32) -> torch.Tensor:
     "Reconstruction and 1e-6 of the KL divergence."
     images = render(batch_of(step, n, 'vae')[0])*2-1
@@ -143,7 +155,7 @@ def vae_loss(vae: AutoencoderKL, step: int, n: int = 32) -> torch.Tensor:
     weight = 1+2*(images.amax(1, keepdim=True)-images.amin(1, keepdim=True)) # 1 to 5
     return (weight*(error.abs()+error.square())).mean() + 1e-6*posterior.kl().mean()
 
-# %% ../nbs/04_distill.ipynb #0034
+# %% ../nbs/04_distill.ipynb #0037
 @torch.no_grad()
 def set_scaling_factor(vae: AutoencoderKL, n: int = 1024):
     "Scale latents to unit deviation over `n` scenes."
@@ -151,32 +163,32 @@ def set_scaling_factor(vae: AutoencoderKL, n: int = 1024):
     z = encode_images(vae, render(sample_scenes(n, generator(0, 'scaling'))))
     vae.register_to_config(scaling_factor=float(1/z.std()))
 
-# %% ../nbs/04_distill.ipynb #0037
+# %% ../nbs/04_distill.ipynb #0040
 @torch.no_grad()
-def latent_dataset(vae: AutoencoderKL, n: int, name: str = 'teacher', chunk: int = 500) -> tuple[torch.Tensor, list[str]]:
-    "Scaled latents of `n` rendered scenes, and their captions."
-    parts = [batch_of(i, min(chunk, n-i), name) for i in range(0, n, chunk)]
-    return torch.cat([encode_images(vae, render(s)) for s, _ in parts]), [t for _, ts in parts for t in ts]
+def latent_dataset(pipe, n: int, chunk: int = 500) -> tuple[torch.Tensor, Conditioning]:
+    "Scaled latents of `n` rendered scenes, and their captions encoded."
+    parts = [batch_of(i, min(chunk, n-i), 'teacher') for i in range(0, n, chunk)]
+    return torch.cat([encode_images(pipe.vae, render(s)) for s, _ in parts]), encode_prompts(pipe, [t for _, ts in parts for t in ts])
 
-# %% ../nbs/04_distill.ipynb #0039
+# %% ../nbs/04_distill.ipynb #0042
 def drop_captions(cond: Conditioning, share: float, g: torch.Generator) -> Conditioning:
     "Zero a random share of the conditioning, as SDXL does for an empty prompt."
     keep = (torch.rand(len(cond), generator=g) >= share).float()
     return Conditioning(cond.prompt_embeds*keep[:, None, None], cond.pooled*keep[:, None])
 
-# %% ../nbs/04_distill.ipynb #0041
-def teacher_loss(unet, pipe, data, step: int, n: int = 64) -> torch.Tensor:
+# %% ../nbs/04_distill.ipynb #0044
+def teacher_loss(unet, data, step: int, n: int = 64) -> torch.Tensor:
     "Weighted squared error of the noise at random times."
-    latents, texts = data
+    latents, cond = data
     g = generator(0, 'teacher', step)
     i = torch.randint(len(latents), (n,), generator=g)
-    cond = drop_captions(encode_prompts(pipe, [texts[k] for k in i]), .1, g)
+    cond = drop_captions(cond[i], .1, g)
     t, noise = torch.randint(1000, (n,), generator=g), randn(n, *latents.shape[1:], generator=g)
     snr = alphas_cumprod[t]/(1-alphas_cumprod[t])
     error = (predict_noise(unet, add_noise(latents[i], noise, t), t, cond)-noise).square().mean((1, 2, 3))
     return (snr.clamp(max=5)/snr*error).mean()
 
-# %% ../nbs/04_distill.ipynb #0043
+# %% ../nbs/04_distill.ipynb #0046
 @torch.no_grad()
 def teacher_sample(unet, cond: Conditioning, noise: torch.Tensor, # x_T
                    num_steps: int = 25, guidance_scale: float = 3.) -> torch.Tensor:
@@ -189,7 +201,7 @@ def teacher_sample(unet, cond: Conditioning, noise: torch.Tensor, # x_T
         x = scheduler.step(uncond+guidance_scale*(text-uncond), t, x).prev_sample
     return x
 
-# %% ../nbs/04_distill.ipynb #0046
+# %% ../nbs/04_distill.ipynb #0049
 @torch.no_grad()
 def ddim_step(teacher, x_t: torch.Tensor, t: torch.Tensor, t_prev: torch.Tensor, cond: Conditioning, guidance_scale: float) -> torch.Tensor:
     "One guided DDIM step from t to t_prev: the guided x0 and the guided noise, recombined."
@@ -199,7 +211,7 @@ def ddim_step(teacher, x_t: torch.Tensor, t: torch.Tensor, t_prev: torch.Tensor,
     alpha, sigma, *_ = coefficients(t, x_t)
     return add_noise((x_t-sigma*noise)/alpha, noise, t_prev)
 
-# %% ../nbs/04_distill.ipynb #0049
+# %% ../nbs/04_distill.ipynb #0052
 def lcm_loss(student, target, # the student and the average of its weights
              teacher, latents: torch.Tensor, # clean, (B, 4, h, w)
              cond: Conditioning, guidance_scale: float, g: torch.Generator, # CPU stream for times and noise
@@ -212,15 +224,15 @@ def lcm_loss(student, target, # the student and the average of its weights
     with torch.no_grad(): goal = denoise(target, ddim_step(teacher, x_t, t, t_prev, cond, guidance_scale), t_prev, cond)
     return ((denoise(student, x_t, t, cond)-goal).square()+huber_c**2).sqrt().mean()-huber_c
 
-# %% ../nbs/04_distill.ipynb #0051
-def distill_loss(student, target, teacher, pipe, data, guidance_scale: float, step: int, n: int = 64) -> torch.Tensor:
+# %% ../nbs/04_distill.ipynb #0054
+def distill_loss(student, target, teacher, data, guidance_scale: float, step: int, n: int = 64) -> torch.Tensor:
     "`lcm_loss` on a random batch of the latent dataset."
-    latents, texts = data
+    latents, cond = data
     g = generator(0, 'student', step)
     i = torch.randint(len(latents), (n,), generator=g)
-    return lcm_loss(student, target, teacher, latents[i], encode_prompts(pipe, [texts[k] for k in i]), guidance_scale, g)
+    return lcm_loss(student, target, teacher, latents[i], cond[i], guidance_scale, g)
 
-# %% ../nbs/04_distill.ipynb #0054
+# %% ../nbs/04_distill.ipynb #0057
 def change_one(scenes: Scenes, g: torch.Generator) -> Scenes:
     "The same scenes, but one thing of each has another colour or another shape."
     n = len(scenes)
@@ -232,18 +244,18 @@ def change_one(scenes: Scenes, g: torch.Generator) -> Scenes:
     shape[rows, k] = torch.where(recolour, shape[rows, k], (shape[rows, k]+shift(len(SHAPES))) % len(SHAPES))
     return Scenes(shape, colour, *(getattr(scenes, f) for f in ('large', 'x', 'y', 'brightness', 'texture', 'ground')))
 
-# %% ../nbs/04_distill.ipynb #0056
+# %% ../nbs/04_distill.ipynb #0059
 def blur(images: torch.Tensor, kernel: int = 3) -> torch.Tensor: # kernel odd, in pixels
     "The mean over a square around each pixel."
     return F.avg_pool2d(F.pad(images, [kernel//2]*4, mode='replicate'), kernel, 1)
 
-# %% ../nbs/04_distill.ipynb #0057
+# %% ../nbs/04_distill.ipynb #0060
 def spoil(images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     "Blur half of the pictures, put noise on the rest."
     blurred = torch.rand(len(images), 1, 1, 1, generator=g) < .5
     return torch.where(blurred, blur(images), (images+.12*randn(*images.shape, generator=g)).clamp(0, 1))
 
-# %% ../nbs/04_distill.ipynb #0060
+# %% ../nbs/04_distill.ipynb #0063
 @torch.no_grad()
 def preference_samples(pipe, n: int = 2048) -> dict[int, torch.Tensor]:
     "The student's pictures of `n` prompts after 1, 2 and 8 steps, and the right renders (key 0)."
@@ -256,7 +268,7 @@ def preference_samples(pipe, n: int = 2048) -> dict[int, torch.Tensor]:
     out = {k: decode(pipe.vae, latents(k)) for k in (1, 2, 8)}
     return out | {0: render(scenes), 'texts': texts}
 
-# %% ../nbs/04_distill.ipynb #0062
+# %% ../nbs/04_distill.ipynb #0065
 def preference_pairs(samples: dict, vae, step: int, n: int = 24) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     "Winners, losers and captions of one batch: built scenes, as rendered or as decoded, then samples."
     g = generator(0, 'preference', step)
@@ -270,14 +282,14 @@ def preference_pairs(samples: dict, vae, step: int, n: int = 24) -> tuple[torch.
     losers = torch.cat([wrong, spoil(right, g), right.roll(1, 0), s[8], s[2], s[1]])
     return winners, losers, texts*3+[samples['texts'][k] for k in i]*3
 
-# %% ../nbs/04_distill.ipynb #0064
+# %% ../nbs/04_distill.ipynb #0067
 def preference_loss(model: PreferenceModel, tokenizer, winners, losers, texts) -> torch.Tensor:
     "Bradley-Terry on one batch of comparisons."
     words = tokenizer(texts*2, padding='max_length', truncation=True, return_tensors='pt')
     won, lost = model(torch.cat([winners, losers]), words.input_ids, words.attention_mask).chunk(2)
     return -F.logsigmoid(won-lost).mean()
 
-# %% ../nbs/04_distill.ipynb #0066
+# %% ../nbs/04_distill.ipynb #0069
 @torch.no_grad()
 def standardise(model: PreferenceModel, tokenizer, images: torch.Tensor, texts: list[str]):
     "Rescale the head so that scores of `images` have mean 0 and deviation 1, as ImageReward's have."
@@ -287,7 +299,7 @@ def standardise(model: PreferenceModel, tokenizer, images: torch.Tensor, texts: 
     head.weight.div_(s.std())
     head.bias.sub_(s.mean()).div_(s.std())
 
-# %% ../nbs/04_distill.ipynb #0069
+# %% ../nbs/04_distill.ipynb #0072
 def corrupt(images: torch.Tensor, kind: torch.Tensor, # (B,) 0 none, 1 blurred, 2 noisy, 3 faded, 4 shuffled quarters
             g: torch.Generator) -> torch.Tensor:
     "Apply one of five corruptions to each picture."
@@ -295,7 +307,7 @@ def corrupt(images: torch.Tensor, kind: torch.Tensor, # (B,) 0 none, 1 blurred, 
     options = torch.stack([images, blur(images, 5), (images+.15*randn(*images.shape, generator=g)).clamp(0, 1), .5+.4*(images-.5), quarters])
     return options[kind, torch.arange(len(images))]
 
-# %% ../nbs/04_distill.ipynb #0071
+# %% ../nbs/04_distill.ipynb #0074
 def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
     "Which shapes, which texture, which corruption?"
     g = generator(0, 'features', step)
@@ -306,12 +318,12 @@ def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
     heads = {k: h(features) for k, h in net.heads.items()}
     return F.binary_cross_entropy_with_logits(heads['shapes'], present) + .3*F.cross_entropy(heads['textures'], scenes.texture) + .3*F.cross_entropy(heads['corruption'], kind)
 
-# %% ../nbs/04_distill.ipynb #0074
-STEPS = dict(towers=800, vae=3000, teacher=2000, student=260, preference=200, features=200)
+# %% ../nbs/04_distill.ipynb #0077
+STEPS = dict(towers=1500, vae=3000, teacher=9000, student=2500, preference=1000, features=1000)
 SMOKE_STEPS = dict.fromkeys(STEPS, 2)
 TEACHER_GUIDANCE = 3.
 
-# %% ../nbs/04_distill.ipynb #0077
+# %% ../nbs/04_distill.ipynb #0080
 def train_towers(folder: Path, steps: dict) -> Towers:
     "The text towers, by contrast with pictures."
     torch.manual_seed(0)
@@ -319,7 +331,7 @@ def train_towers(folder: Path, steps: dict) -> Towers:
     n = 128 if steps['towers'] > 2 else 8
     return fit(towers, lambda step, _: contrastive_loss(towers, step, n), steps['towers'], 1e-3, folder/'towers.safetensors').requires_grad_(False)
 
-# %% ../nbs/04_distill.ipynb #0079
+# %% ../nbs/04_distill.ipynb #0082
 def train_vae(folder: Path, steps: dict) -> AutoencoderKL:
     "The autoencoder, scaled."
     torch.manual_seed(1)
@@ -328,29 +340,29 @@ def train_vae(folder: Path, steps: dict) -> AutoencoderKL:
     set_scaling_factor(vae)
     return vae
 
-# %% ../nbs/04_distill.ipynb #0081
+# %% ../nbs/04_distill.ipynb #0084
 def train_teacher(folder: Path, steps: dict) -> tuple: # pipeline with the teacher as its UNet, latent dataset
     "The many-step teacher."
     towers, vae = train_towers(folder, steps), train_vae(folder, steps)
     torch.manual_seed(2)
     unet = build_unet()
     pipe = assemble(towers.tokenizer, towers.text_1, towers.text_2, vae, unet)
-    data = latent_dataset(vae, 40_000 if steps['teacher'] > 2 else 64)
+    data = latent_dataset(pipe, 40_000 if steps['teacher'] > 2 else 64)
     unet.train().requires_grad_(True)
-    pipe.unet = fit(unet, lambda step, _: teacher_loss(unet, pipe, data, step), steps['teacher'], 1.5e-3, folder/'teacher.safetensors', ema=.999).requires_grad_(False)
+    pipe.unet = fit(unet, lambda step, _: teacher_loss(unet, data, step), steps['teacher'], 1.5e-3, folder/'teacher.safetensors', ema=.999).requires_grad_(False)
     return pipe, data
 
-# %% ../nbs/04_distill.ipynb #0083
+# %% ../nbs/04_distill.ipynb #0086
 def train_student(folder: Path, steps: dict) -> tuple: # pipeline with the student, teacher's UNet
     "The two-step student, distilled from the teacher."
     pipe, data = train_teacher(folder, steps)
     teacher = pipe.unet
     student = copy.deepcopy(teacher).train().requires_grad_(True)
-    loss = lambda step, average: distill_loss(student, average, teacher, pipe, data, TEACHER_GUIDANCE, step)
+    loss = lambda step, average: distill_loss(student, average, teacher, data, TEACHER_GUIDANCE, step)
     pipe.unet = fit(student, loss, steps['student'], 6e-4, folder/'student.safetensors', ema=.95).requires_grad_(False)
     return pipe, teacher
 
-# %% ../nbs/04_distill.ipynb #0085
+# %% ../nbs/04_distill.ipynb #0088
 def train_judges(pipe, folder: Path, steps: dict) -> tuple[PreferenceModel, FeatureNet]:
     "The preference model and the evaluation features."
     torch.manual_seed(3)
@@ -361,7 +373,7 @@ def train_judges(pipe, folder: Path, steps: dict) -> tuple[PreferenceModel, Feat
     standardise(model, pipe.tokenizer, samples[2], samples['texts'])
     return model, fit(net, lambda step, _: feature_loss(net, step), steps['features'], 2e-3, folder/'features.safetensors').requires_grad_(False)
 
-# %% ../nbs/04_distill.ipynb #0088
+# %% ../nbs/04_distill.ipynb #0091
 def export(pipe, teacher, vision, preference, features, folder: Path):
     "Write the pipeline and its companions in half precision, with a manifest."
     half = lambda m: copy.deepcopy(m).half()

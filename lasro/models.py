@@ -77,7 +77,7 @@ def build_vae(scaling_factor: float = 1.) -> AutoencoderKL:
                          latent_channels=4, sample_size=32, norm_num_groups=8, scaling_factor=scaling_factor, force_upcast=False)
 
 # %% ../nbs/02_models.ipynb #0019
-def build_unet(widths=(48, 96), cross_attention_dim: int = 112, pooled_dim: int = 64, **config) -> UNet2DConditionModel:
+def build_unet(widths=(64, 64), cross_attention_dim: int = 112, pooled_dim: int = 64, **config) -> UNet2DConditionModel:
     "A UNet of SDXL's kind."
     n = len(widths)
     return UNet2DConditionModel(sample_size=8, block_out_channels=widths, layers_per_block=1, down_block_types=('CrossAttnDownBlock2D',)*n, up_block_types=('CrossAttnUpBlock2D',)*n,
