@@ -59,7 +59,12 @@ class ReplayBuffer:
         if self.samples is not None: new = Labelled(*(torch.cat([a, b])[-self.capacity:] for a, b in zip(vars(self.samples).values(), vars(new).values())))
         self.samples = new
         self.winners, self.losers, self.dropped = ordered_pairs(new.rewards, new.prompt*64+new.step, self.min_gap)
-    def draw(self, n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]: # winners, losers: indices into `samples`
-        "A random batch of pairs."
-        i = torch.randint(len(self.winners), (n,), generator=g)
-        return self.winners[i], self.losers[i]
+    def draw(self, n: int, # groups of a prompt and a step
+             g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # rows of `samples`; winners, losers: indices into the rows
+        "The samples of up to `n` random groups and all their pairs."
+        groups = (self.samples.prompt*64+self.samples.step)[self.winners]
+        known = groups.unique()
+        mine = torch.isin(groups, known[torch.randperm(len(known), generator=g)[:n]])
+        winners, losers = self.winners[mine], self.losers[mine]
+        rows = torch.cat([winners, losers]).unique()
+        return rows, torch.searchsorted(rows, winners), torch.searchsorted(rows, losers)

@@ -23,7 +23,7 @@ from tqdm.auto import trange
 log = logging.getLogger('lasro')
 
 # %% ../nbs/09_lasro.ipynb #0004
-from .core import check_writable, environment, generator, is_finished, profile, save_csv, save_json
+from .core import check_writable, environment, generator, is_finished, profile, randn, save_csv, save_json
 from .distill import TEACHER_GUIDANCE, lcm_loss
 from .evaluation import Budget, diversity, features_of
 from .exploration import Labelled, ReplayBuffer, explore, vae_latent_shape
@@ -56,13 +56,14 @@ class Options:
     pretrain_prompts: int = 96; n_noises: int = 6; pretrain_steps: int = 120 # n_noises is N_s: stated, 6
     outer_steps: int = 24; generator_steps: int = 5; surrogate_steps: int = 5; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 32
-    lr: float = 3e-4              # generator
+    lr: float = 1e-4              # generator
     surrogate_lr: float = 5e-4
-    pair_batch: int = 48          # pairs in a surrogate step
+    groups: int = 16              # of a prompt and a step, in a surrogate step
+    smooth: float = .25           # noise on the latents in a surrogate step, in their deviations
     lcm_batch: int = 16           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
-    c1: float = .1                # weight of the reward after each step but the last
-    c2: float = .1                # weight of the reward after the last step
+    c1: float = .02               # weight of the reward after each step but the last
+    c2: float = .02               # weight of the reward after the last step
     s_form: str = 'a'             # S: 'a', 'b' or 'none'
     detach: bool = False          # cut the gradient between the steps
     online: bool = True           # keep training the surrogate
@@ -73,12 +74,13 @@ class Options:
     buffer: int = 4096            # labelled latents kept
 
 # %% ../nbs/09_lasro.ipynb #0014
-def make_options(profile_name: str, **overrides) -> Options:
+def make_options(profile_name: str, kind: type = Options, # of the arm
+                 **overrides) -> Options:
     "The defaults at a profile's sizes, with overrides; a `ValueError` names an unknown one."
-    size, names = asdict(profile(profile_name)), [f.name for f in fields(Options)]
+    size, names = asdict(profile(profile_name)), [f.name for f in fields(kind)]
     for k in overrides:
         if k not in names: raise ValueError(f"unknown option {k!r}: choose from {', '.join(names)}")
-    return Options(**{k: v for k, v in size.items() if k in names} | overrides)
+    return kind(**{k: v for k, v in size.items() if k in names} | overrides)
 
 # %% ../nbs/09_lasro.ipynb #0017
 @dataclass
@@ -127,6 +129,7 @@ def make_task(pipe, reward, texts: list[str], teacher=None, data=None, num_steps
 # %% ../nbs/09_lasro.ipynb #0025
 class LCMContinued:
     "The control: the LCM loss alone."
+    Options = Options # another arm may add to them
     def __init__(self, task: Task, options: Options):
         self.task, self.options, self.skipped = task, options, 0
         self.optimizer = torch.optim.AdamW(task.params, options.lr, betas=(.9, .99), weight_decay=0.)
@@ -151,11 +154,14 @@ def lcm(self: LCMContinued, k: int, i: int) -> torch.Tensor:
 # %% ../nbs/09_lasro.ipynb #0031
 @patch
 def update(self: LCMContinued, k: int, i: int) -> dict: # numbers to log
-    "One generator update."
+    "One generator update; the learning rate falls linearly to 0."
+    o = self.options
+    done = min(1, (k*o.generator_steps+i)/max(1, o.outer_steps*o.generator_steps))
+    for group in self.optimizer.param_groups: group['lr'] = o.lr*(1-done)
     loss, row = self.loss(k, i)
     self.optimizer.zero_grad()
     loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(self.task.params, self.options.max_norm))
+    norm = float(nn.utils.clip_grad_norm_(self.task.params, o.max_norm))
     if math.isfinite(norm): self.optimizer.step(); self.skipped = 0
     else: self.skipped += 1
     if self.skipped == 5: raise FloatingPointError(f'the gradient was not finite in 5 updates in a row (round {k}): lower lr or c1 and c2')
@@ -194,13 +200,16 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
 # %% ../nbs/09_lasro.ipynb #0042
 @patch
 def train_surrogate(self: LaSRO, name, steps: int) -> list[float]: # losses
-    "Bradley-Terry steps from the buffer."
+    "Bradley-Terry steps on groups from the buffer."
     if not len(self.buffer.winners): return []
-    losses, s, n = [], self.buffer.samples, self.options.pair_batch
+    losses, s, o = [], self.buffer.samples, self.options
     for i in range(steps):
-        pairs = self.buffer.draw(n, self.task.stream('surrogate', name, i))
-        losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, s.latents, self.task.cond[s.prompt], *pairs))
-        self.task.budget.forward(2*n, backward=True, share=.5) # pairs, half a UNet
+        g = self.task.stream('surrogate', name, i)
+        rows, *pairs = self.buffer.draw(o.groups, g)
+        z = s.latents[rows]
+        z = z+o.smooth*randn(*z.shape, generator=g, device=z.device)
+        losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, z, self.task.cond[s.prompt[rows]], *pairs))
+        self.task.budget.forward(len(rows), backward=True, share=.5) # half a UNet
     return losses
 
 # %% ../nbs/09_lasro.ipynb #0045
@@ -375,7 +384,7 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
             ) -> Run:
     "Fine-tune a few-step pipeline with a reward. A killed call goes on where it stopped; a finished one is not repeated."
     cls, changed = find_arm(arm)
-    opts = make_options(profile, **changed | options)
+    opts = make_options(profile, cls.Options, **changed | options)
     out = Path(out) if out else None
     if out: check_writable(out)
     if out and is_finished(out) and not force: raise FileExistsError(f'{out} holds a finished run: pass force=True to train again, or another folder')

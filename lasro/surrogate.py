@@ -18,9 +18,9 @@ from .models import Conditioning
 # %% ../nbs/07_surrogate.ipynb #0007
 class UNetEncoder(nn.Module):
     "The down and mid blocks of a pretrained SDXL-type UNet."
-    def __init__(self, unet):
+    def __init__(self, unet, timestep: int = 400): # what the UNet is told, 0 to 999
         super().__init__()
-        self.unet = copy.deepcopy(unet).requires_grad_(True)
+        self.timestep, self.unet = timestep, copy.deepcopy(unet).requires_grad_(True)
         self.unet.up_blocks = nn.ModuleList()
         self.unet.conv_norm_out = self.unet.conv_act = self.unet.conv_out = None
         config = unet.config
@@ -29,7 +29,7 @@ class UNetEncoder(nn.Module):
                 cond: Conditioning) -> list[torch.Tensor]: # last features of every level, then of the mid block
         u, h, w = self.unet, *(4*s for s in latents.shape[-2:])
         added = dict(text_embeds=cond.pooled, time_ids=latents.new_tensor([h, w, 0, 0, h, w]).expand(len(latents), 6))
-        t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        t = torch.full((len(latents),), self.timestep, device=latents.device)
         emb = u.time_embedding(u.get_time_embed(latents, t))
         emb = emb + u.get_aug_embed(emb, cond.prompt_embeds, added)
         x, levels = u.conv_in(latents), []
@@ -80,12 +80,11 @@ def ordered_pairs(rewards: torch.Tensor, # (N,)
 # %% ../nbs/07_surrogate.ipynb #0020
 def surrogate_step(surrogate: SurrogateReward, optimizer, latents: torch.Tensor, # (N, 4, h, w)
                    cond: Conditioning, # N
-                   winners: torch.Tensor, losers: torch.Tensor, # indices of the pairs of this step
+                   winners: torch.Tensor, losers: torch.Tensor, # indices of pairs among the N
                    max_norm: float = 1.) -> float: # the loss
     "One update by Bradley-Terry."
-    pairs = torch.cat([winners, losers])
-    r = surrogate(latents[pairs], cond[pairs])
-    loss = bradley_terry_loss(*r.chunk(2))
+    r = surrogate(latents, cond)
+    loss = bradley_terry_loss(r[winners], r[losers])
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(surrogate.parameters(), max_norm)
