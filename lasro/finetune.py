@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'ARMS', 'NO_REWARD', 'ScoreNormaliser', 'Options', 'make_options', 'Task', 'rendered_data', 'sampled_data',
-           'make_task', 'LCMContinued', 'LaSRO', 'find_arm', 'train', 'checkpoint', 'resume', 'Run', 'read_prompts',
-           'finetune', 'finish']
+           'make_task', 'LCMContinued', 'falling_rate', 'LaSRO', 'find_arm', 'train', 'checkpoint', 'resume', 'Run',
+           'read_prompts', 'finetune', 'finish']
 
 # %% ../nbs/09_lasro.ipynb #0003
 import copy, logging, math, shutil
@@ -58,12 +58,13 @@ class Options:
     batch_size: int = 32
     lr: float = 1e-4              # generator
     surrogate_lr: float = 5e-4
+    whole: bool = True            # surrogate on the teacher's whole UNet, not on its down and mid blocks (stated) only
     groups: int = 16              # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, in their deviations
     lcm_batch: int = 16           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
-    c1: float = .02               # weight of the reward after each step but the last
-    c2: float = .02               # weight of the reward after the last step
+    c1: float = .05               # weight of the reward after each step but the last
+    c2: float = .05               # weight of the reward after the last step
     s_form: str = 'a'             # S: 'a', 'b' or 'none'
     detach: bool = False          # cut the gradient between the steps
     online: bool = True           # keep training the surrogate
@@ -152,40 +153,44 @@ def lcm(self: LCMContinued, k: int, i: int) -> torch.Tensor:
     return lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, t.data[0][rows], t.cond[t.data[1][rows]], TEACHER_GUIDANCE, g)
 
 # %% ../nbs/09_lasro.ipynb #0031
+def falling_rate(o: Options, k: int, i: int) -> float:
+    "The learning rate of update i of round k: from `lr` linearly to 0."
+    return o.lr*max(0, 1-(k*o.generator_steps+i)/max(1, o.outer_steps*o.generator_steps))
+
+# %% ../nbs/09_lasro.ipynb #0033
 @patch
 def update(self: LCMContinued, k: int, i: int) -> dict: # numbers to log
-    "One generator update; the learning rate falls linearly to 0."
-    o = self.options
-    done = min(1, (k*o.generator_steps+i)/max(1, o.outer_steps*o.generator_steps))
-    for group in self.optimizer.param_groups: group['lr'] = o.lr*(1-done)
+    "One generator update."
+    for group in self.optimizer.param_groups: group['lr'] = falling_rate(self.options, k, i)
     loss, row = self.loss(k, i)
     self.optimizer.zero_grad()
     loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(self.task.params, o.max_norm))
+    norm = float(nn.utils.clip_grad_norm_(self.task.params, self.options.max_norm))
     if math.isfinite(norm): self.optimizer.step(); self.skipped = 0
     else: self.skipped += 1
     if self.skipped == 5: raise FloatingPointError(f'the gradient was not finite in 5 updates in a row (round {k}): lower lr or c1 and c2')
     return row | dict(grad_norm=norm)
 
-# %% ../nbs/09_lasro.ipynb #0034
+# %% ../nbs/09_lasro.ipynb #0036
 @patch
 def round(self: LCMContinued, k: int) -> dict: # means of the round's numbers
     "K1 generator updates."
     rows = [self.update(k, i) for i in range(self.options.generator_steps)]
     return {key: sum(r[key] for r in rows)/len(rows) for key in rows[0]}
 
-# %% ../nbs/09_lasro.ipynb #0037
+# %% ../nbs/09_lasro.ipynb #0039
 class LaSRO(LCMContinued):
     "Latent-space surrogate reward optimisation (METHODS 1.6)."
     def __init__(self, task: Task, options: Options):
         super().__init__(task, options)
         torch.manual_seed(task.seed) # the head's initial weights
-        self.surrogate = SurrogateReward(task.teacher).to(task.cond.pooled.device)
+        self.share = 1. if options.whole else .5 # of a UNet pass
+        self.surrogate = SurrogateReward(task.teacher, options.whole).to(task.cond.pooled.device)
         self.surrogate_optimizer = torch.optim.AdamW(self.surrogate.parameters(), options.surrogate_lr, betas=(.9, .99))
         self.buffer = ReplayBuffer(options.buffer, options.min_gap)
         self.normalise = [ScoreNormaliser(options.s_form) for _ in range(task.num_steps)]
 
-# %% ../nbs/09_lasro.ipynb #0040
+# %% ../nbs/09_lasro.ipynb #0042
 @patch
 def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]: # labelled latents, pictures of the last step
     "Sample and label the next prompts; counted."
@@ -197,7 +202,7 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
     t.budget.forward(len(found))
     return found, images
 
-# %% ../nbs/09_lasro.ipynb #0042
+# %% ../nbs/09_lasro.ipynb #0044
 @patch
 def train_surrogate(self: LaSRO, name, steps: int) -> list[float]: # losses
     "Bradley-Terry steps on groups from the buffer."
@@ -206,20 +211,19 @@ def train_surrogate(self: LaSRO, name, steps: int) -> list[float]: # losses
     for i in range(steps):
         g = self.task.stream('surrogate', name, i)
         rows, *pairs = self.buffer.draw(o.groups, g)
-        z = s.latents[rows]
-        z = z+o.smooth*randn(*z.shape, generator=g, device=z.device)
+        z = s.latents[rows]+o.smooth*randn(len(rows), *s.latents.shape[1:], generator=g, device=s.latents.device)
         losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, z, self.task.cond[s.prompt[rows]], *pairs))
-        self.task.budget.forward(len(rows), backward=True, share=.5) # half a UNet
+        self.task.budget.forward(len(rows), backward=True, share=self.share)
     return losses
 
-# %% ../nbs/09_lasro.ipynb #0045
+# %% ../nbs/09_lasro.ipynb #0047
 @patch
 @torch.no_grad()
 def score(self: LaSRO, found: Labelled, rows: torch.Tensor) -> torch.Tensor:
     "Surrogate rewards of some labelled latents."
     return self.surrogate(found.latents[rows], self.task.cond[found.prompt[rows]]).cpu()
 
-# %% ../nbs/09_lasro.ipynb #0047
+# %% ../nbs/09_lasro.ipynb #0049
 @patch
 def health(self: LaSRO, found: Labelled, # fresh samples
            images: torch.Tensor # their last pictures
@@ -232,7 +236,7 @@ def health(self: LaSRO, found: Labelled, # fresh samples
     out = dict(reward=float(true.mean()), reward_first=float(found.rewards[found.step == 0].mean()), rank_correlation=float(sum(rho)/len(rho)) if rho else float('nan'))
     return out | dict(diversity=diversity(features_of(images).view(-1, self.options.n_noises, 48))) if images.shape[-1] == 32 and self.options.n_noises > 1 else out
 
-# %% ../nbs/09_lasro.ipynb #0050
+# %% ../nbs/09_lasro.ipynb #0052
 @patch
 def prepare(self: LaSRO) -> dict:
     "Stage A: label samples of the untouched model, pre-train the surrogate."
@@ -242,7 +246,7 @@ def prepare(self: LaSRO) -> dict:
     losses = self.train_surrogate('pretrain', self.options.pretrain_steps)
     return dict(surrogate_loss=sum(losses[-10:])/max(1, len(losses[-10:])), **self.health(found, images), pairs=len(self.buffer.winners), dropped=self.buffer.dropped)
 
-# %% ../nbs/09_lasro.ipynb #0053
+# %% ../nbs/09_lasro.ipynb #0055
 @patch
 def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
     "L(theta) of METHODS 1.4."
@@ -256,14 +260,14 @@ def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
     with frozen(self.surrogate): r = self.surrogate(torch.cat([z[j] for j in used]), t.cond[prompt.repeat(len(used))]).split(o.batch_size)
     s = [self.normalise[j](x) for j, x in zip(used, r)]
     t.budget.forward(o.batch_size*t.num_steps, backward=True)
-    t.budget.forward(o.batch_size*len(used), backward=True, share=.5) # the surrogate is half a UNet
+    t.budget.forward(o.batch_size*len(used), backward=True, share=self.share)
     row = dict(surrogate=r[-1].mean().item(), clipped=(s[-1] >= 1).float().mean().item())
     reward_loss = -sum(weights[j]*x.mean() for j, x in zip(used, s))
     if not o.c: return reward_loss, row
     lcm = self.lcm(k, i)
     return o.c*lcm+reward_loss, row | dict(lcm_loss=lcm.item())
 
-# %% ../nbs/09_lasro.ipynb #0055
+# %% ../nbs/09_lasro.ipynb #0057
 @patch
 def round(self: LaSRO, k: int) -> dict:
     "Stage B, once: generator, collection, surrogate."
@@ -275,7 +279,7 @@ def round(self: LaSRO, k: int) -> dict:
     losses = self.train_surrogate(k, self.options.surrogate_steps)
     return row | dict(surrogate_loss=sum(losses)/max(1, len(losses)))
 
-# %% ../nbs/09_lasro.ipynb #0058
+# %% ../nbs/09_lasro.ipynb #0060
 @patch
 def state(self: LaSRO) -> dict[str, torch.Tensor]:
     out = LCMContinued.state(self) | training_state(self.surrogate, self.surrogate_optimizer, 'surrogate.')
@@ -290,19 +294,19 @@ def restore(self: LaSRO, tensors: dict):
     self.buffer.add(Labelled(*(tensors[f'buffer.{f.name}'] for f in fields(Labelled))))
     for j, s in enumerate(self.normalise): s.stats = tensors.get(f'normalise.{j}')
 
-# %% ../nbs/09_lasro.ipynb #0061
+# %% ../nbs/09_lasro.ipynb #0063
 ARMS = {'base': (LCMContinued, dict(outer_steps=0)), 'lcm_continued': (LCMContinued, {}), 'lasro': (LaSRO, {}),
         'lasro-frozen': (LaSRO, dict(online=False)), 'lasro-onpolicy': (LaSRO, dict(off_policy=False)), 'lasro-second-only': (LaSRO, dict(c1=0.)),
         'lasro-no-lcm': (LaSRO, dict(c=0.)), 'lasro-no-clip': (LaSRO, dict(s_form='none')), 'lasro-detached': (LaSRO, dict(detach=True))}
 NO_REWARD = ('base', 'lcm_continued') # they do not use the reward: one run serves all rewards
 
-# %% ../nbs/09_lasro.ipynb #0062
+# %% ../nbs/09_lasro.ipynb #0064
 def find_arm(name: str) -> tuple: # class, options that differ
     "The arm called `name`."
     if name not in ARMS: raise ValueError(f"unknown arm {name!r}: choose one of {', '.join(ARMS)}")
     return ARMS[name]
 
-# %% ../nbs/09_lasro.ipynb #0065
+# %% ../nbs/09_lasro.ipynb #0067
 def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; None keeps none
           every: int = 8, # rounds between checkpoints
           progress: bool = True) -> list[dict]: # a row of metrics for each round
@@ -319,13 +323,13 @@ def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; 
         if folder and (k+1) % every == 0 and k+1 < outer_steps: checkpoint(arm, folder, k+1, rows)
     return rows
 
-# %% ../nbs/09_lasro.ipynb #0067
+# %% ../nbs/09_lasro.ipynb #0069
 def checkpoint(arm, folder: Path, k: int, rows: list[dict]):
     "Write round k; keep this one and the one before."
     save_checkpoint(folder/f'round-{k:05d}.safetensors', arm.state(), round=k, rows=rows, budget=arm.task.budget.state())
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
 
-# %% ../nbs/09_lasro.ipynb #0068
+# %% ../nbs/09_lasro.ipynb #0070
 def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start from, rows so far
     "Restore the newest sound checkpoint; a damaged one is named and passed over."
     for path in sorted(folder.glob('round-*.safetensors'), reverse=True) if folder else []:
@@ -336,7 +340,7 @@ def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start
         return meta['round'], meta['rows']
     return 0, []
 
-# %% ../nbs/09_lasro.ipynb #0072
+# %% ../nbs/09_lasro.ipynb #0074
 @dataclass(repr=False)
 class Run:
     "A finished fine-tuning: the tuned pipeline, the one it came from, its curve and its cost."
@@ -350,7 +354,7 @@ class Run:
         gain = f", true reward on fresh samples {m.reward.iloc[0]:.3f} → {m.reward.iloc[-3:].mean():.3f}" if 'reward' in m else ''
         return f"{r['arm']} on {r['reward']}: {len(m)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}"
 
-# %% ../nbs/09_lasro.ipynb #0073
+# %% ../nbs/09_lasro.ipynb #0075
 @patch
 def before_after(self: Run, prompts: list[str], seed: int = 0):
     "The same prompts and noise before (above) and after (below); returns the figure."
@@ -360,7 +364,7 @@ def before_after(self: Run, prompts: list[str], seed: int = 0):
     with torch.no_grad(): pictures = [decode(p.vae, sample(p.unet, cond, noise, injected, n).final) for p in (self.base, self.pipe)]
     return show_images(torch.cat(pictures), list(prompts)+['']*len(prompts), ncols=len(prompts), scale=1.6)
 
-# %% ../nbs/09_lasro.ipynb #0075
+# %% ../nbs/09_lasro.ipynb #0077
 def read_prompts(prompts # a list, or a text file with one prompt a line
                 ) -> list[str]:
     "Prompts from a list or a file."
@@ -368,7 +372,7 @@ def read_prompts(prompts # a list, or a text file with one prompt a line
     if not Path(prompts).is_file(): raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file with one a line')
     return [line.strip() for line in Path(prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
 
-# %% ../nbs/09_lasro.ipynb #0077
+# %% ../nbs/09_lasro.ipynb #0079
 def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family
              reward_fn, # a name, 'module:function', a callable (images, prompts, metadata) -> rewards, or a Reward
              prompts, # a list of training prompts or a file
@@ -393,7 +397,7 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
     rows = train(cls(task, opts), opts.outer_steps, out/'checkpoints' if out else None)
     return finish(task, pipe, rows, arm, opts, profile, out, before_record)
 
-# %% ../nbs/09_lasro.ipynb #0078
+# %% ../nbs/09_lasro.ipynb #0080
 def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile: str, out: Path | None, before_record=None) -> Run:
     "Save weights, metrics and, last, the record."
     task.pipe.unet.eval().requires_grad_(False)

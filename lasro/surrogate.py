@@ -13,20 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .models import Conditioning
+from .models import Conditioning, predict_noise
 
 # %% ../nbs/07_surrogate.ipynb #0007
 class UNetEncoder(nn.Module):
-    "The down and mid blocks of a pretrained SDXL-type UNet."
-    def __init__(self, unet, timestep: int = 400): # what the UNet is told, 0 to 999
+    "The down and mid blocks of a pretrained SDXL-type UNet, or all of it but the last convolution."
+    def __init__(self, unet, whole: bool = False, timestep: int = 400): # what the UNet is told, 0 to 999
         super().__init__()
-        self.timestep, self.unet = timestep, copy.deepcopy(unet).requires_grad_(True)
+        self.whole, self.timestep, self.unet = whole, timestep, copy.deepcopy(unet).requires_grad_(True)
+        widths = unet.config.block_out_channels
+        self.channels = widths[0] if whole else sum(widths)+widths[-1]
+        if whole: self.unet.conv_out = nn.Identity(); return
         self.unet.up_blocks = nn.ModuleList()
         self.unet.conv_norm_out = self.unet.conv_act = self.unet.conv_out = None
-        config = unet.config
-        self.channels = sum(config.block_out_channels) + config.block_out_channels[-1]
     def forward(self, latents: torch.Tensor, # clean, (B, 4, h, w)
-                cond: Conditioning) -> list[torch.Tensor]: # last features of every level, then of the mid block
+                cond: Conditioning) -> list[torch.Tensor]: # the last features; of the half, those of every level and of the mid block
+        if self.whole: return [predict_noise(self.unet, latents, self.timestep, cond)]
         u, h, w = self.unet, *(4*s for s in latents.shape[-2:])
         added = dict(text_embeds=cond.pooled, time_ids=latents.new_tensor([h, w, 0, 0, h, w]).expand(len(latents), 6))
         t = torch.full((len(latents),), self.timestep, device=latents.device)
@@ -39,14 +41,15 @@ class UNetEncoder(nn.Module):
             levels.append(states[len(block.resnets)-1])
         return levels + [u.mid_block(x, emb, encoder_hidden_states=cond.prompt_embeds)]
 
-# %% ../nbs/07_surrogate.ipynb #0010
+# %% ../nbs/07_surrogate.ipynb #0012
 class SurrogateReward(nn.Module):
     "R_psi(z, c): a scalar for each clean latent and prompt."
     def __init__(self, unet, # the teacher's UNet
+                 whole: bool = False, # take all of it, not its down and mid blocks only
                  width: int = 96, max_size: int = 32 # features are pooled to at most this many pixels a side
                 ):
         super().__init__()
-        self.encoder, self.max_size = UNetEncoder(unet), max_size
+        self.encoder, self.max_size = UNetEncoder(unet, whole), max_size
         self.head = nn.Sequential(nn.Conv2d(self.encoder.channels, width, 1), nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
         self.out = nn.Linear(width, 1)
         nn.init.zeros_(self.out.bias)
@@ -56,7 +59,7 @@ class SurrogateReward(nn.Module):
         levels = [F.adaptive_avg_pool2d(f, size) if f.shape[-1] > size else F.interpolate(f, size=(size, size)) for f in self.encoder(latents, cond)]
         return self.out(self.head(torch.cat(levels, 1)).mean((2, 3)))[:, 0]
 
-# %% ../nbs/07_surrogate.ipynb #0013
+# %% ../nbs/07_surrogate.ipynb #0015
 def bradley_terry_loss(winners: torch.Tensor, # R of the better samples, (N,)
                        losers: torch.Tensor, # R of the worse, (N,)
                        centring: float = 1e-3 # weight of the centring penalty
@@ -64,7 +67,7 @@ def bradley_terry_loss(winners: torch.Tensor, # R of the better samples, (N,)
     "Bradley-Terry with a centring penalty (METHODS 1.3)."
     return -F.logsigmoid(winners-losers).mean() + centring*(winners+losers).square().mean()
 
-# %% ../nbs/07_surrogate.ipynb #0017
+# %% ../nbs/07_surrogate.ipynb #0019
 def ordered_pairs(rewards: torch.Tensor, # (N,)
                   groups: torch.Tensor, # (N,) integer; only samples of one group are compared
                   min_gap: float = .05 # in standard deviations of the rewards
@@ -77,7 +80,7 @@ def ordered_pairs(rewards: torch.Tensor, # (N,)
     first = rewards[i] > rewards[j]
     return torch.where(first, i, j), torch.where(first, j, i), int(same.sum()-clear.sum())
 
-# %% ../nbs/07_surrogate.ipynb #0020
+# %% ../nbs/07_surrogate.ipynb #0022
 def surrogate_step(surrogate: SurrogateReward, optimizer, latents: torch.Tensor, # (N, 4, h, w)
                    cond: Conditioning, # N
                    winners: torch.Tensor, losers: torch.Tensor, # indices of pairs among the N
@@ -91,7 +94,7 @@ def surrogate_step(surrogate: SurrogateReward, optimizer, latents: torch.Tensor,
     optimizer.step()
     return loss.item()
 
-# %% ../nbs/07_surrogate.ipynb #0022
+# %% ../nbs/07_surrogate.ipynb #0024
 @torch.no_grad()
 def rank_accuracy(surrogate: SurrogateReward, latents, cond: Conditioning, rewards, groups, min_gap: float = .05) -> float: # in [0, 1], 0.5 is chance
     "Share of pairs that the surrogate orders as the true reward does."
@@ -99,7 +102,7 @@ def rank_accuracy(surrogate: SurrogateReward, latents, cond: Conditioning, rewar
     winners, losers, _ = ordered_pairs(rewards, groups, min_gap)
     return float((r[winners] > r[losers]).float().mean()) if len(winners) else float('nan')
 
-# %% ../nbs/07_surrogate.ipynb #0023
+# %% ../nbs/07_surrogate.ipynb #0025
 @contextmanager
 def frozen(module: nn.Module):
     "No gradient is kept for the module's parameters inside the block; gradients still flow through it."
