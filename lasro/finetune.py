@@ -63,8 +63,8 @@ class Options:
     smooth: float = .25           # noise on the latents in a surrogate step, in their deviations
     lcm_batch: int = 16           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
-    c1: float = .05               # weight of the reward after each step but the last
-    c2: float = .05               # weight of the reward after the last step
+    c1: float = .02               # weight of the reward after each step but the last
+    c2: float = .1                # weight of the reward after the last step
     s_form: str = 'a'             # S: 'a', 'b' or 'none'
     detach: bool = False          # cut the gradient between the steps
     online: bool = True           # keep training the surrogate
