@@ -27,7 +27,7 @@ def test_one_parameters_cell_where_it_runs(name):
     assert all(re.search(r"^PROFILE\s*=\s*'smoke'|^RETRAIN\s*=\s*False", source(c), re.M) for c in tagged)
 
 
-@pytest.mark.parametrize('name', FULL)
+@pytest.mark.parametrize('name', CODE)
 def test_outputs_are_stored_without_errors_and_small(name):
     outputs = [o for c in CODE[name] for o in c['outputs']]
     assert outputs, 'no stored output: a reader sees no result'
