@@ -365,6 +365,7 @@ d = { 'settings': { 'branch': 'main',
                                  'lasro.surrogate.UNetEncoder.forward': ('surrogate.html#unetencoder.forward', 'lasro/surrogate.py'),
                                  'lasro.surrogate.bradley_terry_loss': ('surrogate.html#bradley_terry_loss', 'lasro/surrogate.py'),
                                  'lasro.surrogate.frozen': ('surrogate.html#frozen', 'lasro/surrogate.py'),
+                                 'lasro.surrogate.octave_noise': ('surrogate.html#octave_noise', 'lasro/surrogate.py'),
                                  'lasro.surrogate.ordered_pairs': ('surrogate.html#ordered_pairs', 'lasro/surrogate.py'),
                                  'lasro.surrogate.rank_accuracy': ('surrogate.html#rank_accuracy', 'lasro/surrogate.py'),
                                  'lasro.surrogate.surrogate_step': ('surrogate.html#surrogate_step', 'lasro/surrogate.py')}}}

@@ -46,7 +46,8 @@ def reward_calls(o: Options, num_steps: int, # n
                  n_prompts: int # training prompts; fewer than P or C bound a visit
                 ) -> int: # pictures
     "What a LaSRO run of these sizes has labelled at its end, and so does any arm."
-    first, each = min(o.pretrain_prompts, n_prompts), min(o.collect_prompts, n_prompts)
+    first = min(o.pretrain_prompts, n_prompts)
+    each = min(o.collect_prompts, first)
     return (first+o.outer_steps*each)*o.n_noises*num_steps
 
 # %% ../nbs/10_baselines.ipynb #0013

@@ -23,13 +23,13 @@ class Profile:
     "The sizes of one experiment; every field is a count unless its comment says otherwise."
     name: str
     n_seeds: int = 5            # training seeds of the main arms
-    pretrain_prompts: int = 96  # prompts sampled to pre-train the surrogate
+    pretrain_prompts: int = 200 # prompts sampled to pre-train the surrogate
     n_noises: int = 6           # N_s, initial noises a prompt and visit
-    pretrain_steps: int = 120   # Bradley-Terry steps before the generator moves
-    outer_steps: int = 24       # rounds of generator, collection, surrogate
+    pretrain_steps: int = 100   # Bradley-Terry steps before the generator moves
+    outer_steps: int = 20       # rounds of generator, collection, surrogate
     generator_steps: int = 5    # K1
-    surrogate_steps: int = 5    # K2
-    collect_prompts: int = 12   # new prompts labelled in a round
+    surrogate_steps: int = 4    # K2
+    collect_prompts: int = 12   # prompts labelled again in a round
     batch_size: int = 32        # samples in a generator step
     eval_prompts: int = 256     # test prompts, half seen and half held-out
     eval_noises: int = 8        # samples a prompt for FID and diversity

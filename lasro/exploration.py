@@ -60,11 +60,14 @@ class ReplayBuffer:
         self.samples = new
         self.winners, self.losers, self.dropped = ordered_pairs(new.rewards, new.prompt*64+new.step, self.min_gap)
     def draw(self, n: int, # groups of a prompt and a step
-             g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # rows of `samples`; winners, losers: indices into the rows
-        "The samples of up to `n` random groups and all their pairs."
-        groups = (self.samples.prompt*64+self.samples.step)[self.winners]
-        known = groups.unique()
-        mine = torch.isin(groups, known[torch.randperm(len(known), generator=g)[:n]])
-        winners, losers = self.winners[mine], self.losers[mine]
-        rows = torch.cat([winners, losers]).unique()
-        return rows, torch.searchsorted(rows, winners), torch.searchsorted(rows, losers)
+             size: int, # samples of a group at most, on average
+             g: torch.Generator, prompts: torch.Tensor | None = None, # to draw from; None takes all
+             across: bool = False # compare also samples of different prompts
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # rows of `samples`; winners, losers: indices into the rows
+        "Random samples of up to `n` random groups, and all their clear pairs."
+        s, groups = self.samples, self.samples.prompt*64+self.samples.step
+        known = groups[self.winners].unique()
+        if prompts is not None: known = known[torch.isin(known//64, prompts)]
+        rows = torch.isin(groups, known[torch.randperm(len(known), generator=g)[:n]]).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=g)[:n*size]]
+        return rows, *ordered_pairs(s.rewards[rows], (s.step if across else groups)[rows], self.min_gap)[:2]

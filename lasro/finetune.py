@@ -31,7 +31,7 @@ from .models import Conditioning, add_lora, decode, encode_images, encode_prompt
 from .rewards import load_reward
 from .sampling import draw_noise, sample
 from .shapes import render, scenes_of, show_images
-from .surrogate import SurrogateReward, frozen, surrogate_step
+from .surrogate import SurrogateReward, frozen, octave_noise, surrogate_step
 
 # %% ../nbs/09_lasro.ipynb #0009
 class ScoreNormaliser:
@@ -53,18 +53,19 @@ class ScoreNormaliser:
 @dataclass(frozen=True)
 class Options:
     "What can be chosen in a run. Not stated in the paper unless its comment says so."
-    pretrain_prompts: int = 96; n_noises: int = 6; pretrain_steps: int = 120 # n_noises is N_s: stated, 6
-    outer_steps: int = 24; generator_steps: int = 5; surrogate_steps: int = 5; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
+    pretrain_prompts: int = 200; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
+    outer_steps: int = 20; generator_steps: int = 5; surrogate_steps: int = 4; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 32
     lr: float = 1e-4              # generator
     surrogate_lr: float = 5e-4
     whole: bool = True            # surrogate on the teacher's whole UNet, not on its down and mid blocks (stated) only
-    groups: int = 16              # of a prompt and a step, in a surrogate step
-    smooth: float = .25           # noise on the latents in a surrogate step, in their deviations
+    groups: int = 12              # of a prompt and a step, in a surrogate step
+    smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
+    across: bool = True           # compare also across prompts, not only within a prompt
     lcm_batch: int = 16           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
     c1: float = .02               # weight of the reward after each step but the last
-    c2: float = .1                # weight of the reward after the last step
+    c2: float = .15               # weight of the reward after the last step
     s_form: str = 'a'             # S: 'a', 'b' or 'none'
     detach: bool = False          # cut the gradient between the steps
     online: bool = True           # keep training the surrogate
@@ -193,10 +194,11 @@ class LaSRO(LCMContinued):
 # %% ../nbs/09_lasro.ipynb #0042
 @patch
 def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]: # labelled latents, pictures of the last step
-    "Sample and label the next prompts; counted."
+    "Sample and label random prompts, once the buffer holds any those; counted."
     t, o = self.task, self.options
     g = t.stream('collect', name)
-    prompt = torch.randperm(len(t.texts), generator=g)[:n_prompts]
+    known = torch.arange(len(t.texts)) if self.buffer.samples is None else self.buffer.samples.prompt.unique()
+    prompt = known[torch.randperm(len(known), generator=g)[:n_prompts]]
     found, images = explore(t.pipe.unet, t.pipe.vae, t.cond, t.texts, prompt, t.reward, o.n_noises, g, t.num_steps, o.off_policy)
     t.budget.reward(len(found))
     t.budget.forward(len(found))
@@ -204,14 +206,15 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
 
 # %% ../nbs/09_lasro.ipynb #0044
 @patch
-def train_surrogate(self: LaSRO, name, steps: int) -> list[float]: # losses
+def train_surrogate(self: LaSRO, name, steps: int, prompts: torch.Tensor | None = None # to draw from; None takes all
+                   ) -> list[float]: # losses
     "Bradley-Terry steps on groups from the buffer."
     if not len(self.buffer.winners): return []
     losses, s, o = [], self.buffer.samples, self.options
     for i in range(steps):
         g = self.task.stream('surrogate', name, i)
-        rows, *pairs = self.buffer.draw(o.groups, g)
-        z = s.latents[rows]+o.smooth*randn(len(rows), *s.latents.shape[1:], generator=g, device=s.latents.device)
+        rows, *pairs = self.buffer.draw(o.groups, max(2, o.n_noises), g, prompts, o.across)
+        z = octave_noise(s.latents[rows], o.smooth, g)
         losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, z, self.task.cond[s.prompt[rows]], *pairs))
         self.task.budget.forward(len(rows), backward=True, share=self.share)
     return losses
@@ -276,7 +279,7 @@ def round(self: LaSRO, k: int) -> dict:
     row |= self.health(found, images)
     if not self.options.online: return row
     self.buffer.add(found)
-    losses = self.train_surrogate(k, self.options.surrogate_steps)
+    losses = self.train_surrogate(k, self.options.surrogate_steps, found.prompt.unique())
     return row | dict(surrogate_loss=sum(losses)/max(1, len(losses)))
 
 # %% ../nbs/09_lasro.ipynb #0060
@@ -292,6 +295,7 @@ def restore(self: LaSRO, tensors: dict):
     restore_training_state(tensors, self.surrogate, self.surrogate_optimizer, 'surrogate.')
     self.buffer.samples = None
     self.buffer.add(Labelled(*(tensors[f'buffer.{f.name}'] for f in fields(Labelled))))
+    self.buffer.samples.latents = self.buffer.samples.latents.to(self.task.cond.pooled.device)
     for j, s in enumerate(self.normalise): s.stats = tensors.get(f'normalise.{j}')
 
 # %% ../nbs/09_lasro.ipynb #0063
