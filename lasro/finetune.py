@@ -54,7 +54,7 @@ class ScoreNormaliser:
 class Options:
     "What can be chosen in a run. Not stated in the paper unless its comment says so."
     pretrain_prompts: int = 200; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
-    outer_steps: int = 20; generator_steps: int = 5; surrogate_steps: int = 4; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
+    outer_steps: int = 16; generator_steps: int = 5; surrogate_steps: int = 4; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 32
     lr: float = 1e-4              # generator
     surrogate_lr: float = 5e-4
@@ -65,7 +65,7 @@ class Options:
     lcm_batch: int = 16           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
     c1: float = .02               # weight of the reward after each step but the last
-    c2: float = .15               # weight of the reward after the last step
+    c2: float = .1                # weight of the reward after the last step
     s_form: str = 'a'             # S: 'a', 'b' or 'none'
     detach: bool = False          # cut the gradient between the steps
     online: bool = True           # keep training the surrogate
