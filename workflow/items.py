@@ -6,6 +6,7 @@ ITEMS = (
     ('tab_main', '12_comparison', 'every arm, reward, split, 1 and 2 steps: means, intervals, differences, FID, diversity, cost'),
     ('fig_curves_{reward}', '12_comparison', 'true reward against reward calls and wall-clock, held-out reward and FID below'),
     ('fig_grid_{reward}', '12_comparison', 'the same prompts and noise before and after'),
+    ('tab_headroom_won', '12_comparison', 'how much of the way from the two-step student to its teacher LaSRO goes'),
     ('tab_cost', '12_comparison', 'wall-clock, memory, reward calls and generator passes'),
 )
 
