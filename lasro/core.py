@@ -26,11 +26,11 @@ class Profile:
     pretrain_prompts: int = 200 # prompts sampled to pre-train the surrogate
     n_noises: int = 6           # N_s, initial noises a prompt and visit
     pretrain_steps: int = 100   # Bradley-Terry steps before the generator moves
-    outer_steps: int = 16       # rounds of generator, collection, surrogate
+    outer_steps: int = 12       # rounds of generator, collection, surrogate
     generator_steps: int = 5    # K1
     surrogate_steps: int = 4    # K2
     collect_prompts: int = 12   # prompts labelled again in a round
-    batch_size: int = 32        # samples in a generator step
+    batch_size: int = 64        # samples in a generator step
     eval_prompts: int = 256     # test prompts, half seen and half held-out
     eval_noises: int = 8        # samples a prompt for FID and diversity
     scored_noises: int = 2      # of those, samples a prompt scored by every reward

@@ -54,18 +54,19 @@ class ScoreNormaliser:
 class Options:
     "What can be chosen in a run. Not stated in the paper unless its comment says so."
     pretrain_prompts: int = 200; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
-    outer_steps: int = 16; generator_steps: int = 5; surrogate_steps: int = 4; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
-    batch_size: int = 32
+    outer_steps: int = 12; generator_steps: int = 5; surrogate_steps: int = 4; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
+    batch_size: int = 64
     lr: float = 1e-4              # generator
+    warmup: int = 8               # updates in which its rate rises
     surrogate_lr: float = 5e-4
     whole: bool = True            # surrogate on the teacher's whole UNet, not on its down and mid blocks (stated) only
     groups: int = 12              # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
     across: bool = True           # compare also across prompts, not only within a prompt
-    lcm_batch: int = 16           # samples in the LCM loss
+    lcm_batch: int = 48           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
     c1: float = .02               # weight of the reward after each step but the last
-    c2: float = .1                # weight of the reward after the last step
+    c2: float = .2                # weight of the reward after the last step
     s_form: str = 'a'             # S: 'a', 'b' or 'none'
     detach: bool = False          # cut the gradient between the steps
     online: bool = True           # keep training the surrogate
@@ -134,7 +135,7 @@ class LCMContinued:
     Options = Options # another arm may add to them
     def __init__(self, task: Task, options: Options):
         self.task, self.options, self.skipped = task, options, 0
-        self.optimizer = torch.optim.AdamW(task.params, options.lr, betas=(.9, .99), weight_decay=0.)
+        self.optimizer = torch.optim.AdamW(task.params, options.lr, weight_decay=0.)
     def prepare(self) -> dict: return {}
     def loss(self, k: int, i: int) -> tuple[torch.Tensor, dict]: # the loss of update i of round k, numbers to log
         lcm = self.lcm(k, i)
@@ -155,8 +156,9 @@ def lcm(self: LCMContinued, k: int, i: int) -> torch.Tensor:
 
 # %% ../nbs/09_lasro.ipynb #0031
 def falling_rate(o: Options, k: int, i: int) -> float:
-    "The learning rate of update i of round k: from `lr` linearly to 0."
-    return o.lr*max(0, 1-(k*o.generator_steps+i)/max(1, o.outer_steps*o.generator_steps))
+    "The learning rate of update i of round k: after the warm-up from `lr` linearly to 0."
+    n, total = k*o.generator_steps+i, max(1, o.outer_steps*o.generator_steps)
+    return o.lr*min(1, (n+1)/max(1, o.warmup))*max(0, 1-n/total)
 
 # %% ../nbs/09_lasro.ipynb #0033
 @patch
