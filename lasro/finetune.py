@@ -208,9 +208,8 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
 
 # %% ../nbs/09_lasro.ipynb #0044
 @patch
-def train_surrogate(self: LaSRO, name, steps: int, prompts: torch.Tensor | None = None # to draw from; None takes all
-                   ) -> list[float]: # losses
-    "Bradley-Terry steps on groups from the buffer."
+def train_surrogate(self: LaSRO, name, steps: int, prompts: torch.Tensor | None = None) -> list[float]: # losses
+    "Bradley-Terry steps on groups from the buffer, of `prompts` or of all."
     if not len(self.buffer.winners): return []
     losses, s, o = [], self.buffer.samples, self.options
     for i in range(steps):
@@ -291,6 +290,7 @@ def state(self: LaSRO) -> dict[str, torch.Tensor]:
     out |= {f'buffer.{k}': v for k, v in vars(self.buffer.samples).items()}
     return out | {f'normalise.{j}': s.stats for j, s in enumerate(self.normalise) if s.stats is not None}
 
+# %% ../nbs/09_lasro.ipynb #0062
 @patch
 def restore(self: LaSRO, tensors: dict):
     LCMContinued.restore(self, tensors)
@@ -300,19 +300,19 @@ def restore(self: LaSRO, tensors: dict):
     self.buffer.samples.latents = self.buffer.samples.latents.to(self.task.cond.pooled.device)
     for j, s in enumerate(self.normalise): s.stats = tensors.get(f'normalise.{j}')
 
-# %% ../nbs/09_lasro.ipynb #0063
+# %% ../nbs/09_lasro.ipynb #0065
 ARMS = {'base': (LCMContinued, dict(outer_steps=0)), 'lcm_continued': (LCMContinued, {}), 'lasro': (LaSRO, {}),
         'lasro-frozen': (LaSRO, dict(online=False)), 'lasro-onpolicy': (LaSRO, dict(off_policy=False)), 'lasro-second-only': (LaSRO, dict(c1=0.)),
         'lasro-no-lcm': (LaSRO, dict(c=0.)), 'lasro-no-clip': (LaSRO, dict(s_form='none')), 'lasro-detached': (LaSRO, dict(detach=True))}
 NO_REWARD = ('base', 'lcm_continued') # they do not use the reward: one run serves all rewards
 
-# %% ../nbs/09_lasro.ipynb #0064
+# %% ../nbs/09_lasro.ipynb #0066
 def find_arm(name: str) -> tuple: # class, options that differ
     "The arm called `name`."
     if name not in ARMS: raise ValueError(f"unknown arm {name!r}: choose one of {', '.join(ARMS)}")
     return ARMS[name]
 
-# %% ../nbs/09_lasro.ipynb #0067
+# %% ../nbs/09_lasro.ipynb #0069
 def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; None keeps none
           every: int = 8, # rounds between checkpoints
           progress: bool = True) -> list[dict]: # a row of metrics for each round
@@ -329,13 +329,13 @@ def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; 
         if folder and (k+1) % every == 0 and k+1 < outer_steps: checkpoint(arm, folder, k+1, rows)
     return rows
 
-# %% ../nbs/09_lasro.ipynb #0069
+# %% ../nbs/09_lasro.ipynb #0071
 def checkpoint(arm, folder: Path, k: int, rows: list[dict]):
     "Write round k; keep this one and the one before."
     save_checkpoint(folder/f'round-{k:05d}.safetensors', arm.state(), round=k, rows=rows, budget=arm.task.budget.state())
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
 
-# %% ../nbs/09_lasro.ipynb #0070
+# %% ../nbs/09_lasro.ipynb #0072
 def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start from, rows so far
     "Restore the newest sound checkpoint; a damaged one is named and passed over."
     for path in sorted(folder.glob('round-*.safetensors'), reverse=True) if folder else []:
@@ -346,7 +346,7 @@ def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start
         return meta['round'], meta['rows']
     return 0, []
 
-# %% ../nbs/09_lasro.ipynb #0074
+# %% ../nbs/09_lasro.ipynb #0076
 @dataclass(repr=False)
 class Run:
     "A finished fine-tuning: the tuned pipeline, the one it came from, its curve and its cost."
@@ -360,7 +360,7 @@ class Run:
         gain = f", true reward on fresh samples {m.reward.iloc[0]:.3f} → {m.reward.iloc[-3:].mean():.3f}" if 'reward' in m else ''
         return f"{r['arm']} on {r['reward']}: {len(m)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}"
 
-# %% ../nbs/09_lasro.ipynb #0075
+# %% ../nbs/09_lasro.ipynb #0077
 @patch
 def before_after(self: Run, prompts: list[str], seed: int = 0):
     "The same prompts and noise before (above) and after (below); returns the figure."
@@ -370,7 +370,7 @@ def before_after(self: Run, prompts: list[str], seed: int = 0):
     with torch.no_grad(): pictures = [decode(p.vae, sample(p.unet, cond, noise, injected, n).final) for p in (self.base, self.pipe)]
     return show_images(torch.cat(pictures), list(prompts)+['']*len(prompts), ncols=len(prompts), scale=1.6)
 
-# %% ../nbs/09_lasro.ipynb #0077
+# %% ../nbs/09_lasro.ipynb #0079
 def read_prompts(prompts # a list, or a text file with one prompt a line
                 ) -> list[str]:
     "Prompts from a list or a file."
@@ -378,7 +378,7 @@ def read_prompts(prompts # a list, or a text file with one prompt a line
     if not Path(prompts).is_file(): raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file with one a line')
     return [line.strip() for line in Path(prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
 
-# %% ../nbs/09_lasro.ipynb #0079
+# %% ../nbs/09_lasro.ipynb #0081
 def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family
              reward_fn, # a name, 'module:function', a callable (images, prompts, metadata) -> rewards, or a Reward
              prompts, # a list of training prompts or a file
@@ -403,7 +403,7 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
     rows = train(cls(task, opts), opts.outer_steps, out/'checkpoints' if out else None)
     return finish(task, pipe, rows, arm, opts, profile, out, before_record)
 
-# %% ../nbs/09_lasro.ipynb #0080
+# %% ../nbs/09_lasro.ipynb #0082
 def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile: str, out: Path | None, before_record=None) -> Run:
     "Save weights, metrics and, last, the record."
     task.pipe.unet.eval().requires_grad_(False)
