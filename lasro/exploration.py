@@ -57,15 +57,15 @@ class ReplayBuffer:
     def add(self, new: Labelled):
         "Append `new`, forget the oldest beyond the capacity, and form the pairs again."
         if self.samples is not None: new = Labelled(*(torch.cat([a, b])[-self.capacity:] for a, b in zip(vars(self.samples).values(), vars(new).values())))
-        self.samples = new
-        self.winners, self.losers, self.dropped = ordered_pairs(new.rewards, new.prompt*64+new.step, self.min_gap)
+        self.samples, self.groups = new, new.prompt*64+new.step
+        self.winners, self.losers, self.dropped = ordered_pairs(new.rewards, self.groups, self.min_gap)
     def draw(self, n: int, # groups of a prompt and a step
              size: int, # samples of a group at most, on average
              g: torch.Generator, prompts: torch.Tensor | None = None, # to draw from; None takes all
              across: bool = False # compare also samples of different prompts
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # rows of `samples`; winners, losers: indices into the rows
         "Random samples of up to `n` random groups, and all their clear pairs."
-        s, groups = self.samples, self.samples.prompt*64+self.samples.step
+        s, groups = self.samples, self.groups
         known = groups[self.winners].unique()
         if prompts is not None: known = known[torch.isin(known//64, prompts)]
         rows = torch.isin(groups, known[torch.randperm(len(known), generator=g)[:n]]).nonzero()[:, 0]

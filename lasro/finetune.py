@@ -215,19 +215,20 @@ def train_surrogate(self: LaSRO, name, steps: int, prompts: torch.Tensor | None 
     for i in range(steps):
         g = self.task.stream('surrogate', name, i)
         rows, *pairs = self.buffer.draw(o.groups, max(2, o.n_noises), g, prompts, o.across)
+        if not len(pairs[0]): continue # the visited prompts have nothing to compare
         z = octave_noise(s.latents[rows], o.smooth, g)
         losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, z, self.task.cond[s.prompt[rows]], *pairs))
         self.task.budget.forward(len(rows), backward=True, share=self.share)
     return losses
 
-# %% ../nbs/09_lasro.ipynb #0047
+# %% ../nbs/09_lasro.ipynb #0048
 @patch
 @torch.no_grad()
 def score(self: LaSRO, found: Labelled, rows: torch.Tensor) -> torch.Tensor:
     "Surrogate rewards of some labelled latents."
     return self.surrogate(found.latents[rows], self.task.cond[found.prompt[rows]]).cpu()
 
-# %% ../nbs/09_lasro.ipynb #0049
+# %% ../nbs/09_lasro.ipynb #0050
 @patch
 def health(self: LaSRO, found: Labelled, # fresh samples
            images: torch.Tensor # their last pictures
@@ -240,7 +241,7 @@ def health(self: LaSRO, found: Labelled, # fresh samples
     out = dict(reward=float(true.mean()), reward_first=float(found.rewards[found.step == 0].mean()), rank_correlation=float(sum(rho)/len(rho)) if rho else float('nan'))
     return out | dict(diversity=diversity(features_of(images).view(-1, self.options.n_noises, 48))) if images.shape[-1] == 32 and self.options.n_noises > 1 else out
 
-# %% ../nbs/09_lasro.ipynb #0052
+# %% ../nbs/09_lasro.ipynb #0053
 @patch
 def prepare(self: LaSRO) -> dict:
     "Stage A: label samples of the untouched model, pre-train the surrogate."
@@ -250,7 +251,7 @@ def prepare(self: LaSRO) -> dict:
     losses = self.train_surrogate('pretrain', self.options.pretrain_steps)
     return dict(surrogate_loss=sum(losses[-10:])/max(1, len(losses[-10:])), **self.health(found, images), pairs=len(self.buffer.winners), dropped=self.buffer.dropped)
 
-# %% ../nbs/09_lasro.ipynb #0055
+# %% ../nbs/09_lasro.ipynb #0056
 @patch
 def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
     "L(theta) of METHODS 1.4."
@@ -271,7 +272,7 @@ def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
     lcm = self.lcm(k, i)
     return o.c*lcm+reward_loss, row | dict(lcm_loss=lcm.item())
 
-# %% ../nbs/09_lasro.ipynb #0057
+# %% ../nbs/09_lasro.ipynb #0058
 @patch
 def round(self: LaSRO, k: int) -> dict:
     "Stage B, once: generator, collection, surrogate."
@@ -283,14 +284,14 @@ def round(self: LaSRO, k: int) -> dict:
     losses = self.train_surrogate(k, self.options.surrogate_steps, found.prompt.unique())
     return row | dict(surrogate_loss=sum(losses)/max(1, len(losses)))
 
-# %% ../nbs/09_lasro.ipynb #0060
+# %% ../nbs/09_lasro.ipynb #0061
 @patch
 def state(self: LaSRO) -> dict[str, torch.Tensor]:
     out = LCMContinued.state(self) | training_state(self.surrogate, self.surrogate_optimizer, 'surrogate.')
     out |= {f'buffer.{k}': v for k, v in vars(self.buffer.samples).items()}
     return out | {f'normalise.{j}': s.stats for j, s in enumerate(self.normalise) if s.stats is not None}
 
-# %% ../nbs/09_lasro.ipynb #0062
+# %% ../nbs/09_lasro.ipynb #0063
 @patch
 def restore(self: LaSRO, tensors: dict):
     LCMContinued.restore(self, tensors)
@@ -300,19 +301,19 @@ def restore(self: LaSRO, tensors: dict):
     self.buffer.samples.latents = self.buffer.samples.latents.to(self.task.cond.pooled.device)
     for j, s in enumerate(self.normalise): s.stats = tensors.get(f'normalise.{j}')
 
-# %% ../nbs/09_lasro.ipynb #0065
+# %% ../nbs/09_lasro.ipynb #0066
 ARMS = {'base': (LCMContinued, dict(outer_steps=0)), 'lcm_continued': (LCMContinued, {}), 'lasro': (LaSRO, {}),
         'lasro-frozen': (LaSRO, dict(online=False)), 'lasro-onpolicy': (LaSRO, dict(off_policy=False)), 'lasro-second-only': (LaSRO, dict(c1=0.)),
         'lasro-no-lcm': (LaSRO, dict(c=0.)), 'lasro-no-clip': (LaSRO, dict(s_form='none')), 'lasro-detached': (LaSRO, dict(detach=True))}
 NO_REWARD = ('base', 'lcm_continued') # they do not use the reward: one run serves all rewards
 
-# %% ../nbs/09_lasro.ipynb #0066
+# %% ../nbs/09_lasro.ipynb #0067
 def find_arm(name: str) -> tuple: # class, options that differ
     "The arm called `name`."
     if name not in ARMS: raise ValueError(f"unknown arm {name!r}: choose one of {', '.join(ARMS)}")
     return ARMS[name]
 
-# %% ../nbs/09_lasro.ipynb #0069
+# %% ../nbs/09_lasro.ipynb #0070
 def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; None keeps none
           every: int = 8, # rounds between checkpoints
           progress: bool = True) -> list[dict]: # a row of metrics for each round
@@ -329,13 +330,13 @@ def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; 
         if folder and (k+1) % every == 0 and k+1 < outer_steps: checkpoint(arm, folder, k+1, rows)
     return rows
 
-# %% ../nbs/09_lasro.ipynb #0071
+# %% ../nbs/09_lasro.ipynb #0072
 def checkpoint(arm, folder: Path, k: int, rows: list[dict]):
     "Write round k; keep this one and the one before."
     save_checkpoint(folder/f'round-{k:05d}.safetensors', arm.state(), round=k, rows=rows, budget=arm.task.budget.state())
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
 
-# %% ../nbs/09_lasro.ipynb #0072
+# %% ../nbs/09_lasro.ipynb #0073
 def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start from, rows so far
     "Restore the newest sound checkpoint; a damaged one is named and passed over."
     for path in sorted(folder.glob('round-*.safetensors'), reverse=True) if folder else []:
@@ -346,7 +347,7 @@ def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start
         return meta['round'], meta['rows']
     return 0, []
 
-# %% ../nbs/09_lasro.ipynb #0076
+# %% ../nbs/09_lasro.ipynb #0077
 @dataclass(repr=False)
 class Run:
     "A finished fine-tuning: the tuned pipeline, the one it came from, its curve and its cost."
@@ -360,7 +361,7 @@ class Run:
         gain = f", true reward on fresh samples {m.reward.iloc[0]:.3f} → {m.reward.iloc[-3:].mean():.3f}" if 'reward' in m else ''
         return f"{r['arm']} on {r['reward']}: {len(m)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}"
 
-# %% ../nbs/09_lasro.ipynb #0077
+# %% ../nbs/09_lasro.ipynb #0078
 @patch
 def before_after(self: Run, prompts: list[str], seed: int = 0):
     "The same prompts and noise before (above) and after (below); returns the figure."
@@ -370,7 +371,7 @@ def before_after(self: Run, prompts: list[str], seed: int = 0):
     with torch.no_grad(): pictures = [decode(p.vae, sample(p.unet, cond, noise, injected, n).final) for p in (self.base, self.pipe)]
     return show_images(torch.cat(pictures), list(prompts)+['']*len(prompts), ncols=len(prompts), scale=1.6)
 
-# %% ../nbs/09_lasro.ipynb #0079
+# %% ../nbs/09_lasro.ipynb #0080
 def read_prompts(prompts # a list, or a text file with one prompt a line
                 ) -> list[str]:
     "Prompts from a list or a file."
@@ -378,7 +379,7 @@ def read_prompts(prompts # a list, or a text file with one prompt a line
     if not Path(prompts).is_file(): raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file with one a line')
     return [line.strip() for line in Path(prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
 
-# %% ../nbs/09_lasro.ipynb #0081
+# %% ../nbs/09_lasro.ipynb #0082
 def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family
              reward_fn, # a name, 'module:function', a callable (images, prompts, metadata) -> rewards, or a Reward
              prompts, # a list of training prompts or a file
@@ -403,7 +404,7 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
     rows = train(cls(task, opts), opts.outer_steps, out/'checkpoints' if out else None)
     return finish(task, pipe, rows, arm, opts, profile, out, before_record)
 
-# %% ../nbs/09_lasro.ipynb #0082
+# %% ../nbs/09_lasro.ipynb #0083
 def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile: str, out: Path | None, before_record=None) -> Run:
     "Save weights, metrics and, last, the record."
     task.pipe.unet.eval().requires_grad_(False)
