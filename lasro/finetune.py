@@ -210,12 +210,11 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
 @patch
 def train_surrogate(self: LaSRO, name, steps: int, prompts: torch.Tensor | None = None) -> list[float]: # losses
     "Bradley-Terry steps on groups from the buffer, of `prompts` or of all."
-    if not len(self.buffer.winners): return []
     losses, s, o = [], self.buffer.samples, self.options
     for i in range(steps):
         g = self.task.stream('surrogate', name, i)
         rows, *pairs = self.buffer.draw(o.groups, max(2, o.n_noises), g, prompts, o.across)
-        if not len(pairs[0]): continue # the visited prompts have nothing to compare
+        if not len(pairs[0]): continue # nothing to compare
         z = octave_noise(s.latents[rows], o.smooth, g)
         losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, z, self.task.cond[s.prompt[rows]], *pairs))
         self.task.budget.forward(len(rows), backward=True, share=self.share)

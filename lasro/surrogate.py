@@ -77,7 +77,7 @@ def ordered_pairs(rewards: torch.Tensor, # (N,)
     "Every pair of samples in a group whose rewards differ enough."
     same = torch.triu(groups[:, None] == groups[None], diagonal=1)
     gap = rewards[:, None]-rewards[None]
-    clear = same & (gap.abs() > max(min_gap*float(rewards.std(correction=0)), 1e-8))
+    clear = same & (gap.abs() > max(min_gap*(float(rewards.std(correction=0)) if len(rewards) else 0.), 1e-8))
     i, j = clear.nonzero().unbind(1)
     first = rewards[i] > rewards[j]
     return torch.where(first, i, j), torch.where(first, j, i), int(same.sum()-clear.sum())
