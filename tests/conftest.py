@@ -1,4 +1,4 @@
-"What the tests share. No test needs a network."
+"What the tests share. No test needs a network, but those marked slow: `pytest -m slow tests`."
 import os, subprocess, sys
 from pathlib import Path
 

@@ -1,10 +1,12 @@
 "Every baseline in the loop: two rounds, taken up again bit for bit, at LaSRO's number of reward calls."
-import json, math
+import json, math, re, subprocess, sys
 from dataclasses import asdict
 
 import pytest, torch
+from conftest import ROOT
+from safetensors.torch import load_file
 
-from lasro.baselines import ARMS, Baseline, BaselineOptions, reward_calls
+from lasro.baselines import ARMS, Baseline, BaselineOptions, ddpo_loss, log_prob, reward_calls
 from lasro.finetune import checkpoint, find_arm, finetune, make_options, make_task, train
 from lasro.models import load_pipeline, load_teacher
 from lasro.shapes import prompts
@@ -12,6 +14,7 @@ from lasro.shapes import prompts
 TEXTS = prompts('train', 6)
 NAMES = [name for name, (cls, _) in ARMS.items() if issubclass(cls, Baseline)]
 SMALL = dict(generator_steps=2, pretrain_steps=1)
+DDPO = ROOT/'tests'/'oracles'/'ddpo_trl.py'
 
 
 def redness(images, prompts, metadata): return images[:, 0].mean((1, 2))-images[:, 1:].mean((1, 2, 3))
@@ -98,3 +101,33 @@ def test_a_baseline_leaves_an_adapter_and_a_record(pipe, tmp_path):
     record = json.loads((tmp_path/'run.json').read_text())
     assert record['arm'] == 'pso' and record['reward_calls'] == reward_calls(make_options('smoke'), 2, len(TEXTS))
     assert list(tmp_path.rglob('pytorch_lora_weights.safetensors'))
+
+
+@pytest.mark.parametrize('case', ['on_policy', 'clipped', 'published_clip', 'far_advantages'])
+def test_the_ddpo_loss_is_that_of_trl(case):
+    found = load_file(DDPO.with_suffix('.safetensors'))
+    trl = {k.removeprefix(f'{case}.'): v for k, v in found.items() if k.startswith(f'{case}.')}
+    rest = trl['old_log_prob'], trl['advantages'].clamp(-trl['adv_clip'], trl['adv_clip']), trl['clip_range'].item()
+    close = lambda ours, theirs, tolerance: torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), theirs.double(), rtol=tolerance, atol=tolerance)
+
+    log_probs = found['log_prob'].clone().requires_grad_()
+    loss, row = ddpo_loss(log_probs, *rest)
+    loss.backward()
+    for ours, key in (loss.detach(), 'loss'), (log_probs.grad, 'grad_log_prob'), (row['approx_kl'], 'approx_kl'), (row['clipfrac'], 'clipfrac'): close(ours, trl[key], 1e-12)
+
+    denoised = found['denoised'].clone().requires_grad_() # through our likelihood too, whose schedule is rounded to float32
+    ours = log_prob(found['x_next'], denoised, found['t_next'])
+    loss, _ = ddpo_loss(ours, *rest)
+    loss.backward()
+    for ours, theirs in (ours.detach(), found['log_prob']), (loss.detach(), trl['loss']), (denoised.grad, trl['grad_denoised']): close(ours, theirs, 1e-6)
+
+
+@pytest.mark.slow
+def test_trl_still_says_so(tmp_path):
+    python, wanted = tmp_path/'trlenv'/'bin'/'python', re.search(r'pip install (.+)', DDPO.read_text())[1].split()
+    subprocess.run([sys.executable, '-m', 'venv', tmp_path/'trlenv'], check=True)
+    pip = subprocess.run([python, '-m', 'pip', 'install', '-q', '--retries', '1', *wanted], capture_output=True, text=True)
+    if pip.returncode: pytest.skip(f'pip cannot install trl and what it needs: {pip.stderr.strip().splitlines()[-1]}')
+    subprocess.run([python, '-I', DDPO, tmp_path], check=True)
+    new, kept = (load_file(folder/'ddpo_trl.safetensors') for folder in (tmp_path, DDPO.parent))
+    assert new.keys() == kept.keys() and all(torch.equal(new[k], kept[k]) for k in kept)
