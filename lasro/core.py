@@ -23,20 +23,21 @@ class Profile:
     "The sizes of one experiment; every field is a count unless its comment says otherwise."
     name: str
     n_seeds: int = 5            # training seeds of the main arms
-    pretrain_prompts: int = 200 # prompts sampled to pre-train the surrogate
+    train_prompts: int = 2000   # prompts the generator is trained on
+    pretrain_prompts: int = 200 # of those, sampled to pre-train the surrogate
     n_noises: int = 6           # N_s, initial noises a prompt and visit
     pretrain_steps: int = 100   # Bradley-Terry steps before the generator moves
-    outer_steps: int = 12       # rounds of generator, collection, surrogate
-    generator_steps: int = 5    # K1
-    surrogate_steps: int = 4    # K2
-    collect_prompts: int = 12   # prompts labelled again in a round
+    outer_steps: int = 30       # rounds of generator, collection, surrogate
+    generator_steps: int = 2    # K1
+    surrogate_steps: int = 3    # K2
+    collect_prompts: int = 5    # prompts labelled again in a round
     batch_size: int = 64        # samples in a generator step
     eval_prompts: int = 256     # test prompts, half seen and half held-out
     eval_noises: int = 8        # samples a prompt for FID and diversity
     scored_noises: int = 2      # of those, samples a prompt scored by every reward
 
 PROFILES = {p.name: p for p in (
-    Profile('smoke', n_seeds=1, pretrain_prompts=4, n_noises=3, pretrain_steps=3, outer_steps=2, generator_steps=1, surrogate_steps=1,
+    Profile('smoke', n_seeds=1, train_prompts=64, pretrain_prompts=4, n_noises=3, pretrain_steps=3, outer_steps=2, generator_steps=1, surrogate_steps=1,
             collect_prompts=2, batch_size=4, eval_prompts=16, eval_noises=4, scored_noises=1),
     Profile('quick', n_seeds=1), Profile('lab'))}
 

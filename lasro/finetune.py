@@ -54,7 +54,7 @@ class ScoreNormaliser:
 class Options:
     "What can be chosen in a run. Not stated in the paper unless its comment says so."
     pretrain_prompts: int = 200; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
-    outer_steps: int = 12; generator_steps: int = 5; surrogate_steps: int = 4; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
+    outer_steps: int = 30; generator_steps: int = 2; surrogate_steps: int = 3; collect_prompts: int = 5 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 64
     lr: float = 1e-4              # generator
     warmup: int = 8               # updates in which its rate rises
@@ -104,7 +104,7 @@ class Task:
 
 # %% ../nbs/09_lasro.ipynb #0021
 @torch.no_grad()
-def rendered_data(pipe, texts: list[str], per_prompt: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def rendered_data(pipe, texts: list[str], per_prompt: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     "Latents of renders of the prompts."
     index = torch.arange(len(texts)).repeat(per_prompt)
     return encode_images(pipe.vae, render(scenes_of([texts[i] for i in index], generator(0, 'lcm data')))), index

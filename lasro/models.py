@@ -133,8 +133,8 @@ class FeatureNet(nn.Module):
 
 # %% ../nbs/02_models.ipynb #0033
 def write_manifest(folder: Path):
-    "Record the hash of every file under `folder` in manifest.json."
-    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name not in ('manifest.json', 'README.md'))
+    "Record the hash of every file under `folder`, but for the card and its tables, in manifest.json."
+    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.suffix != '.csv' and p.name not in ('manifest.json', 'README.md'))
     save_json({p.relative_to(folder).as_posix(): sha256(p) for p in files}, folder/'manifest.json')
 
 # %% ../nbs/02_models.ipynb #0034

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SIZE', 'COLOURS', 'SHAPES', 'RADII', 'TEXTURES', 'COMBOS', 'HELD_OUT', 'SEEN', 'KINDS', 'THREE_THINGS',
-           'SIZE_WORDS', 'NUMBER_WORDS', 'RELATIONS', 'OPENINGS', 'SIZE_OF', 'PHRASE', 'RELATION', 'SPLITS', 'CHROMA',
-           'COLOUR_CHROMA', 'TEMPERATURE', 'signed_distances', 'coverage', 'grid', 'Scenes', 'cat_scenes', 'clearance',
-           'place', 'choose_things', 'sample_scenes', 'show_images', 'ground_patterns', 'render_ground', 'render',
-           'Speaker', 'relation_between', 'sentence', 'captions', 'Phrase', 'parse', 'parse_relation', 'prompts',
-           'scenes_of', 'colour_maps', 'templates', 'explained', 'presence', 'template_weights', 'ask', 'Thing',
-           'detect', 'phrases_of', 'near_misses', 'detector_accuracy']
+           'SIZE_WORDS', 'NUMBER_WORDS', 'RELATIONS', 'OPENINGS', 'SIZE_OF', 'PHRASE', 'RELATION', 'SPLITS', 'POOL',
+           'CHROMA', 'COLOUR_CHROMA', 'TEMPERATURE', 'signed_distances', 'coverage', 'grid', 'Scenes', 'cat_scenes',
+           'clearance', 'place', 'choose_things', 'sample_scenes', 'show_images', 'ground_patterns', 'render_ground',
+           'render', 'Speaker', 'relation_between', 'sentence', 'captions', 'Phrase', 'parse', 'parse_relation',
+           'prompts', 'scenes_of', 'colour_maps', 'templates', 'explained', 'presence', 'template_weights', 'ask',
+           'Thing', 'detect', 'phrases_of', 'near_misses', 'detector_accuracy']
 
 # %% ../nbs/01_shapes.ipynb #0002
 import math, random, re, textwrap
@@ -255,17 +255,19 @@ def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `REL
 # %% ../nbs/01_shapes.ipynb #0063
 SPLITS = ('train', 'validation', 'test')
 
+POOL = dict(train=4096, validation=1024, test=1024) # scenes that are put into words
+
 @cache
 def _pool(split: str, combos: str, kind: str) -> tuple[str, ...]:
     g = generator(0, 'prompts', split, combos, kind)
     allowed = HELD_OUT if combos == 'held_out' else SEEN
-    texts = dict.fromkeys(captions(sample_scenes(1024, g, kind, allowed), kind, g))
-    earlier = {t for s in SPLITS[:SPLITS.index(split)] for t in _pool(s, combos, kind)}
-    return tuple(t for t in texts if t not in earlier)
+    texts = dict.fromkeys(captions(sample_scenes(POOL[split], g, kind, allowed), kind, g))
+    later = {t for s in SPLITS[SPLITS.index(split)+1:] for t in _pool(s, combos, kind)}
+    return tuple(t for t in texts if t not in later)
 
 # %% ../nbs/01_shapes.ipynb #0064
 def prompts(split: str, # 'train', 'validation' or 'test'
-            n: int, # at most about 600
+            n: int, # attribute prompts: at most about 4,000 to train with, 1,000 of the others
             combos: str = 'seen', # 'seen' or 'held_out' combinations of colour and shape
             kind: str = 'attribute' # one of `KINDS`
            ) -> list[str]:

@@ -4,8 +4,10 @@ REWARDS = ('image_reward', 'attribute_binding', 'text_alignment')
 # item, notebook, what it says; {reward} stands for each main reward
 ITEMS = (
     ('tab_main', '12_comparison', 'every arm, reward, split, 1 and 2 steps: means, intervals, differences, FID, diversity, cost'),
-    ('fig_curves_{reward}', '12_comparison', 'true reward against reward calls and wall-clock, held-out reward and FID below'),
-    ('fig_grid_{reward}', '12_comparison', 'the same prompts and noise before and after'),
+    ('tab_efficiency', '12_comparison', 'reward calls and seconds that each arm needs to win half of the head-room'),
+    ('tab_tuning', '12_comparison', 'what each arm tried on validation prompts, and what it ships with'),
+    ('fig_curves_{reward}', '12_comparison', 'true reward of every arm against reward calls and wall-clock; test reward, held-out reward and FID below'),
+    ('fig_grid_{reward}', '12_comparison', 'the same prompts and noise before and after each arm'),
     ('tab_headroom_won', '12_comparison', 'how much of the way from the two-step student to its teacher LaSRO goes'),
     ('tab_cost', '12_comparison', 'wall-clock, memory, reward calls and generator passes'),
 )

@@ -1,0 +1,157 @@
+"12_comparison over made-up runs of every arm: what its tables say, and what they say where something is missing."
+import json, os, subprocess, sys, zlib
+
+import numpy as np, pandas as pd
+import pytest, torch
+from conftest import ROOT
+from scipy.stats import ttest_1samp
+
+from lasro.baselines import GRID, tuning
+from lasro.core import results_dir, run_dir, save_csv, save_json
+from lasro.evaluation import EvalResult, moments, reference_features, write_eval
+from lasro.finetune import find_arm, make_options
+
+REWARDS = ('image_reward', 'attribute_binding', 'text_alignment')
+COLUMNS = (*REWARDS, 'attribute_binding_strict', 'clip_score', 'compressibility')
+GAINS = dict(base=0, lcm_continued=.005, lasro=.4, pso=-.01, **{'rlcm': .02, 'rlcm-dropped': .04, 'diffusion_dpo': .06, 'reward_guided': .3}) # of the reward that is trained on
+EVERYWHERE = [arm for arm in GAINS if arm not in ('base', 'lcm_continued')]
+ONE_REWARD = dict(gors_lcm='text_alignment', direct='image_reward')
+PROMPTS = 24
+
+
+def scores(num_steps: int, gain: float, reward: str, rng) -> pd.DataFrame:
+    "Two noises a prompt; every arm shares what the prompt and noise give."
+    shared, k = np.random.default_rng(num_steps), np.arange(2*PROMPTS)
+    keys = dict(num_steps=num_steps, split=np.where(k % PROMPTS < PROMPTS//2, 'seen', 'held_out'), prompt=k % PROMPTS, noise=k//PROMPTS)
+    return pd.DataFrame(keys | {c: shared.normal(.5, .1, len(k))+(rng.normal(gain*(c == reward), .005)+rng.normal(0, .02, len(k)) if gain else 0) for c in COLUMNS})
+
+
+def curve(arm: str, gain: float, rng) -> list[dict]:
+    "12 rounds; lasro rises at once, the others slowly; one row without a reward."
+    if arm in ('base', 'lcm_continued'): return [dict(step=5*k, reward_calls=0, wall_s=2.*k) for k in range(13)]
+    rise = lambda k: gain*min(1, k/3 if arm == 'lasro' else k/12)
+    return [dict(step=5*k, reward_calls=330*(k+1), wall_s=5.*k+5+rng.uniform(0, 1), reward='' if k == 4 and arm == 'reward_guided' else .5+rise(k)+rng.normal(0, .002)) for k in range(13)]
+
+
+def fake(arm: str, reward: str, seed: int, setting: str = 'default', split: str = 'test', overrides=None):
+    "A run folder as 09_lasro and 10_baselines leave it."
+    rng = np.random.default_rng(zlib.crc32(f'{arm} {reward} {seed} {setting}'.encode()))
+    folder, gain = run_dir('lab', arm, reward, 2, seed, setting), GAINS.get(arm, .03)
+    folder.mkdir(parents=True)
+    feats = reference_features()*(1+.01*rng.standard_normal(48))
+    results = {n: EvalResult(n, scores(n, gain, reward, rng), *moments(feats), .01, rng.uniform(.5, .6, PROMPTS).astype('f4'), 2048, torch.full((8, 3, 32, 32), .5)) for n in (1, 2)}
+    write_eval(folder, results)
+    save_csv(curve(arm, gain, rng), folder/'metrics.csv')
+    none, options = reward == 'none', make_options('lab', find_arm(arm)[0].Options, **find_arm(arm)[1] | (overrides or {}))
+    save_json(dict(arm=arm, reward=reward, num_steps=2, setting=setting, split=split, seed=seed, profile='lab', parameters=vars(options), reward_calls=0 if none else 4128,
+                   forward_equivalents=1e5, wall_s=60., peak_mb=900., environment=dict(device='a device')), folder/'run.json')
+
+
+def draw(results, out) -> subprocess.Popen:
+    "12_comparison as the batch starts it."
+    command = [sys.executable, ROOT/'workflow'/'run.py', ROOT/'nbs'/'12_comparison.ipynb', out/'12.ipynb', '-p', 'PROFILE', 'lab', '-p', 'OUT', out]
+    return subprocess.Popen(list(map(str, command)), env={**os.environ, 'LASRO_RESULTS': str(results)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    "Tables of every arm, and of the first three alone: two folders."
+    folders = []
+    for name in ('all', 'three'):
+        results = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv('LASRO_RESULTS', str(results))
+            every = name == 'all'
+            fake('base', 'none', 0)
+            for seed in range(3): fake('lcm_continued', 'none', seed)
+            for seed in range(3): [fake(arm, r, seed) for arm in (EVERYWHERE if every else ['lasro']) for r in (REWARDS if every else REWARDS[1:2])]
+            for arm, reward in ONE_REWARD.items() if every else (): [fake(arm, reward, seed) for seed in range(2)]
+            for arm, settings in GRID.items() if every else ():
+                for i in range(len(settings)): fake(arm, 'image_reward' if arm == 'direct' else 'attribute_binding', 0, f'tune-{i}', 'validation', tuning(arm, i, 'lab'))
+        folders.append((draw(results, results/'out'), results/'out'))
+    for process, _ in folders:
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, err
+    return [out/'tables' for _, out in folders]
+
+
+def table(folder, name): return pd.read_csv(folder/f'{name}.csv')
+
+
+def test_main_table(drawn):
+    t = table(drawn[0], 'tab_main').query("source == 'measured'")
+    rows = t[(t.split == 'held_out') & (t.num_steps == 2)].set_index(['reward', 'arm'])
+    assert list(rows.loc['image_reward'].index) == ['base', 'lcm_continued', 'lasro', 'rlcm', 'rlcm-dropped', 'diffusion_dpo', 'pso', 'reward_guided', 'direct']
+    assert list(rows.loc['text_alignment'].index[-2:]) == ['reward_guided', 'direct'] and 'gors_lcm' in rows.loc['text_alignment'].index
+    for reward in REWARDS[1:]:
+        row = rows.loc[reward, 'direct']
+        assert row['mean'] == 'not defined' and 'gradient' in row.note and row.n_seeds == 0
+    assert rows.loc[('image_reward', 'direct'), 'n_seeds'] == 2
+    assert float(rows.loc[('attribute_binding', 'pso'), 'diff_lasro_ci_high']) < 0 < float(rows.loc[('attribute_binding', 'lasro'), 'diff_base_ci_low'])
+    one = t[(t.num_steps == 1) & (t.arm == 'rlcm')]
+    assert len(one) == 9 and one.note.str.contains('not defined for training at 1').all() and not t[t.num_steps == 2].note.str.contains('training at 1').any()
+
+
+def test_p_is_corrected_over_the_arms_of_a_reward(drawn):
+    runs = drawn[1].parents[1]/'lab'/'runs'
+    def means(arm, reward, seeds=3): # (seeds, prompts) at two steps
+        found = [pd.read_csv(runs/arm/reward/'steps-2'/'default'/f'seed-{s}'/'eval.csv.gz').query('num_steps == 2') for s in range(seeds)]
+        return np.stack([x.groupby('prompt').attribute_binding.mean() for x in found])
+    base, lcm, lasro = means('base', 'none', 1), means('lcm_continued', 'none'), means('lasro', 'attribute_binding')
+    first, *rest = sorted((ttest_1samp((a-b).mean(1), 0).pvalue, *who) for a, b, *who in ((lcm, base, 'lcm_continued', 'base'), (lasro, base, 'lasro', 'base'), (lasro, lcm, 'lcm_continued', 'lasro')))
+    t = table(drawn[1], 'tab_main').query("source == 'measured' and num_steps == 2 and split == 'all'").set_index('arm')
+    assert np.isclose(t.loc[first[1], f'p_vs_{first[2]}'], 3*first[0]) # the least of three tests
+    assert np.isclose(t.loc[rest[0][1], f'p_vs_{rest[0][2]}'], max(3*first[0], 2*rest[0][0]))
+
+
+def test_efficiency(drawn):
+    t = table(drawn[0], 'tab_efficiency')
+    assert list(t.columns) == 'reward,arm,calls_to_half,calls_ci_low,calls_ci_high,seconds_to_half,seconds_ci_low,seconds_ci_high,n_seeds,note'.split(',')
+    t = t.set_index(['reward', 'arm'])
+    assert t.loc[('attribute_binding', 'pso'), 'calls_to_half'] == t.loc[('attribute_binding', 'pso'), 'seconds_to_half'] == 'never'
+    assert t.loc[('attribute_binding', 'direct'), 'calls_to_half'] == 'not defined' and t.loc[('image_reward', 'direct'), 'n_seeds'] == 2
+    lasro = t.loc[('attribute_binding', 'lasro')]
+    assert lasro.calls_ci_low == lasro.calls_to_half == lasro.calls_ci_high and float(lasro.calls_to_half) % 330 == 0 and lasro.note.startswith('3 of 3 seeds')
+
+
+def test_the_ratio_is_told_from_the_table(drawn):
+    t = table(drawn[0], 'tab_efficiency').query("reward == 'text_alignment'").set_index('arm').calls_to_half
+    best = min((float(v), arm) for arm, v in t.items() if arm != 'lasro' and v not in ('never', 'not defined'))
+    outputs = [o for c in json.loads((drawn[0].parent/'12.ipynb').read_text())['cells'] for o in c.get('outputs', [])]
+    words = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
+    assert f"lasro needs {float(t.lasro):,.0f} reward calls, the best baseline, {best[1]}, {best[0]:,.0f}: a ratio of {float(t.lasro)/best[0]:.2f}" in words
+    assert 'lasro is above every baseline. It is above rlcm by +' in words
+
+
+def test_every_setting_that_was_tried_is_listed(drawn):
+    t = table(drawn[0], 'tab_tuning')
+    assert list(t.columns) == 'arm reward setting overrides mean ci_low ci_high reward_calls wall_s chosen'.split()
+    for arm, settings in GRID.items():
+        rows = t[t.arm == arm]
+        assert [json.loads(o) for o in rows.overrides] == list(settings) and rows.chosen.sum() == 1
+    assert not (drawn[1]/'tab_tuning.csv').exists()
+
+
+def test_three_arms_alone(drawn):
+    assert set(table(drawn[1], 'tab_main').query("source == 'measured'").arm) == {'base', 'lcm_continued', 'lasro'}
+    assert list(table(drawn[1], 'tab_efficiency').arm) == ['lasro']
+    assert (drawn[1].parent/'figures'/'fig_curves_attribute_binding.svg').exists()
+
+
+def test_the_frozen_settings_are_the_best_that_were_tried():
+    path = results_dir('lab')/'tables'/'tab_tuning.csv'
+    if not path.exists():
+        assert not (path.with_name('tab_main.csv').exists() and any(results_dir('lab').glob('runs/*/*/*/tune-*/*/run.json'))), 'settings were tried and are not listed'
+        return
+    t = pd.read_csv(path)
+    best = t.loc[t.groupby('arm')['mean'].idxmax()]
+    assert set(t.arm) == set(GRID) and (t.groupby('arm').size() == len(GRID['lasro'])).all()
+    assert best.chosen.all(), f'not the best of their tries: {list(best.arm[~best.chosen])}'
+
+
+@pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3), ('tuning', sum(map(len, GRID.values())))]) # six baselines have three rewards and three seeds, direct has one reward
+def test_the_plan_has_every_run(tmp_path, target, runs):
+    command = [sys.executable, '-m', 'snakemake', target, '-n', '-q', 'rules', '-s', ROOT/'workflow'/'Snakefile', '--cores', '1', '--nolock', '--config', 'profile=lab']
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'LASRO_RESULTS': str(tmp_path)})
+    assert found.returncode == 0, found.stderr
+    assert ['run', str(runs)] in [line.split() for line in (found.stdout+found.stderr).splitlines()]
