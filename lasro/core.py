@@ -32,13 +32,14 @@ class Profile:
     surrogate_steps: int = 3    # K2
     collect_prompts: int = 5    # prompts labelled again in a round
     batch_size: int = 64        # samples in a generator step
+    probe_prompts: int = 256    # training prompts that draw the curve
     eval_prompts: int = 256     # test prompts, half seen and half held-out
     eval_noises: int = 8        # samples a prompt for FID and diversity
     scored_noises: int = 2      # of those, samples a prompt scored by every reward
 
 PROFILES = {p.name: p for p in (
     Profile('smoke', n_seeds=1, train_prompts=64, pretrain_prompts=4, n_noises=3, pretrain_steps=3, outer_steps=2, generator_steps=1, surrogate_steps=1,
-            collect_prompts=2, batch_size=4, eval_prompts=16, eval_noises=4, scored_noises=1),
+            collect_prompts=2, batch_size=4, probe_prompts=4, eval_prompts=16, eval_noises=4, scored_noises=1),
     Profile('quick', n_seeds=1), Profile('lab'))}
 
 # %% ../nbs/00_core.ipynb #0006

@@ -385,4 +385,7 @@ def export(pipe, teacher, vision, preference, features, folder: Path):
     for name in ('text_encoder', 'text_encoder_2', 'clip_vision'): # stored in half precision, to be used in single
         config = folder/name/'config.json'
         save_json(load_json(config) | dict(dtype='float32'), config)
+    for name in ('tokenizer', 'tokenizer_2'): # without what only says how it was loaded here
+        config = folder/name/'tokenizer_config.json'
+        save_json({k: v for k, v in load_json(config).items() if k not in ('is_local', 'local_files_only')}, config)
     write_manifest(folder)

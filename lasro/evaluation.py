@@ -14,6 +14,7 @@ __all__ = ['MAX_STEPS', 'SCORED', 'REFERENCE_SIZE', 'Interval', 'Difference', 'R
 # %% ../nbs/06_evaluation.ipynb #0003
 import gzip, io, json, resource, sys, time
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,12 @@ class Budget:
                 backward: bool = False, # a backward follows
                 share: float = 1. # of a whole UNet's work
                ): self.forward_equivalents += n*share*(3 if backward else 1)
+    @contextmanager
+    def paused(self):
+        "Measuring is not training: what happens inside takes no time."
+        start = time.monotonic()
+        try: yield
+        finally: self.started += time.monotonic()-start
     def restore(self, record: dict): self.__init__(**record)
     def record(self) -> dict: # the four fields of a run's record
         "What was spent until now."
@@ -58,7 +65,7 @@ class Budget:
                     wall_s=round(self.wall_s+time.monotonic()-self.started, 3), peak_mb=round(max(self.peak_mb, peak_memory()), 1))
     state = record # the same, for a checkpoint
 
-# %% ../nbs/06_evaluation.ipynb #0014
+# %% ../nbs/06_evaluation.ipynb #0015
 MAX_STEPS = 8
 
 @dataclass
@@ -76,7 +83,7 @@ class EvalSet:
         draws = self.draws[p, k]
         return self.cond[p.to(self.draws.device)], draws[:, 0], draws[:, 1:].transpose(0, 1)
 
-# %% ../nbs/06_evaluation.ipynb #0016
+# %% ../nbs/06_evaluation.ipynb #0017
 def prompt_noise(prompt: str, n: int, # samples
                  shape: tuple = (4, 8, 8) # of one latent
                 ) -> torch.Tensor: # (n, MAX_STEPS, *shape)
@@ -84,7 +91,7 @@ def prompt_noise(prompt: str, n: int, # samples
     halves = [draw_noise(n, 4, generator(0, 'eval', prompt, half), shape) for half in ('first', 'second')]
     return torch.cat([torch.cat([x[:, None], z.transpose(0, 1)], 1) for x, z in halves], 1)
 
-# %% ../nbs/06_evaluation.ipynb #0018
+# %% ../nbs/06_evaluation.ipynb #0019
 def eval_set(pipe, profile: Profile, # its eval_prompts and eval_noises
              split: str = 'test' # or 'validation', where choices are made
             ) -> EvalSet:
@@ -96,7 +103,7 @@ def eval_set(pipe, profile: Profile, # its eval_prompts and eval_noises
     draws = torch.stack([prompt_noise(t, profile.eval_noises, shape) for t in texts]).to(pipe.device, pipe.unet.dtype)
     return EvalSet(split, texts, ['seen']*half+['held_out']*half, encode_prompts(pipe, texts), draws)
 
-# %% ../nbs/06_evaluation.ipynb #0022
+# %% ../nbs/06_evaluation.ipynb #0023
 SCORED = ('image_reward', 'attribute_binding', 'text_alignment', 'clip_score', 'compressibility')
 
 def load_rewards(names=SCORED, device='cpu') -> dict:
@@ -108,7 +115,7 @@ def held_out_reward(name: str # of a main reward
     "The reward that checks on `name`."
     return load_reward(name).held_out
 
-# %% ../nbs/06_evaluation.ipynb #0024
+# %% ../nbs/06_evaluation.ipynb #0025
 def score_pictures(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
                    texts: list[str], # B prompts
                    rewards: dict # name: Reward
@@ -121,7 +128,7 @@ def score_pictures(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
         if 'strict' in info: columns[f'{name}_strict'] = torch.as_tensor(info['strict']).tolist()
     return pd.DataFrame(columns, dtype=float)
 
-# %% ../nbs/06_evaluation.ipynb #0027
+# %% ../nbs/06_evaluation.ipynb #0028
 REFERENCE_SIZE = 2048
 
 @cache
@@ -136,7 +143,7 @@ def features_of(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     net = feature_net(str(images.device))
     return torch.cat([net(x.float()).cpu() for x in images.split(batch_size)])
 
-# %% ../nbs/06_evaluation.ipynb #0030
+# %% ../nbs/06_evaluation.ipynb #0031
 @cache
 def reference_features(name: str = 'fid reference' # of the stream; 'fid floor' is the second set
                       ) -> np.ndarray: # (2048, 48)
@@ -149,28 +156,28 @@ def moments(feats: np.ndarray # (n, 48)
     "All that FID needs of a set; single precision is kept in the records."
     return feats.mean(0).astype(np.float32), np.cov(feats, rowvar=False).astype(np.float32)
 
-# %% ../nbs/06_evaluation.ipynb #0032
+# %% ../nbs/06_evaluation.ipynb #0033
 def fid(mean: np.ndarray, cov: np.ndarray # of the pictures' features
        ) -> float: # at least 0; biased upwards at small n
     "Fréchet distance to the reference, by clean-fid."
     ref_mean, ref_cov = moments(reference_features())
     return float(frechet_distance(*(a.astype(np.float64) for a in (mean, cov, ref_mean, ref_cov))))
 
-# %% ../nbs/06_evaluation.ipynb #0034
+# %% ../nbs/06_evaluation.ipynb #0035
 def kid(feats: np.ndarray # (n, 48)
        ) -> float: # about 0 for a perfect generator, may be slightly negative
     "Kernel distance to the reference, by clean-fid, over all pictures at once."
     ref = reference_features()[::max(1, REFERENCE_SIZE//len(feats))][:len(feats)]
     return kernel_distance(feats[:REFERENCE_SIZE].astype(np.float64), ref, num_subsets=1, max_subset_size=REFERENCE_SIZE)
 
-# %% ../nbs/06_evaluation.ipynb #0035
+# %% ../nbs/06_evaluation.ipynb #0036
 @cache
 def fidelity_floor() -> dict[str, float]:
     "FID and KID of renders against renders: what a perfect generator gets at n = 2048."
     other = reference_features('fid floor')
     return dict(fid=fid(*moments(other)), kid=kid(other))
 
-# %% ../nbs/06_evaluation.ipynb #0039
+# %% ../nbs/06_evaluation.ipynb #0040
 def spread(feats: torch.Tensor # (..., n, 48)
           ) -> torch.Tensor: # (...)
     "Mean distance between two of `n` feature vectors."
@@ -191,7 +198,7 @@ def diversity(feats: torch.Tensor) -> float: # mean over prompts
     "How different the samples of a prompt are."
     return float(prompt_diversity(feats).mean())
 
-# %% ../nbs/06_evaluation.ipynb #0042
+# %% ../nbs/06_evaluation.ipynb #0043
 @dataclass
 class EvalResult:
     "What one arm's pictures are worth at one number of steps."
@@ -209,7 +216,7 @@ class EvalResult:
         "One number a measure, for a log."
         return {k: float(self.scores[k].mean()) for k in self.scores.columns[4:]} | dict(fid=self.fid, kid=self.kid, diversity=float(self.diversity.mean()))
 
-# %% ../nbs/06_evaluation.ipynb #0043
+# %% ../nbs/06_evaluation.ipynb #0044
 @torch.no_grad()
 def evaluate(unet, # or a pipeline: the generator under test
              pipe, # gives the decoder
@@ -235,7 +242,7 @@ def evaluate(unet, # or a pipeline: the generator under test
     return EvalResult(num_steps, pd.concat(rows, ignore_index=True), *moments(feats.numpy()), kid(feats.numpy()),
                       prompt_diversity(feats.view(-1, p, feats.shape[1]).transpose(0, 1)), len(feats), torch.stack([shown[k] for k in shown_prompts(p)]))
 
-# %% ../nbs/06_evaluation.ipynb #0044
+# %% ../nbs/06_evaluation.ipynb #0045
 def shown_prompts(p: int) -> list[int]:
     "The first four seen and the first four held-out of `p` prompts: their pictures are kept."
     half = p//2
@@ -248,7 +255,7 @@ def score_samples(images: torch.Tensor, i: torch.Tensor, # (B,) sample numbers
     keys = pd.DataFrame(dict(num_steps=num_steps, split=[eval_set.combos[k] for k in p], prompt=p, noise=(i // len(eval_set.prompts)).tolist()))
     return keys.join(score_pictures(images, [eval_set.prompts[k] for k in p], rewards))
 
-# %% ../nbs/06_evaluation.ipynb #0051
+# %% ../nbs/06_evaluation.ipynb #0052
 def save_scores(scores: pd.DataFrame, path: Path):
     "Write scores, rounded to 4 digits; the same numbers give the same bytes."
     text = scores.to_csv(index=False, float_format='%.4f', lineterminator='\n')
@@ -261,7 +268,7 @@ def save_grid(rows: list[torch.Tensor], # each (8, 3, H, W) in [0, 1]
     image = (image*255).round().byte().repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
     with atomic_path(path) as tmp: Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp, 'png', optimize=True)
 
-# %% ../nbs/06_evaluation.ipynb #0052
+# %% ../nbs/06_evaluation.ipynb #0053
 def write_eval(run_folder: Path, results: dict[int, EvalResult] # by number of steps
               ):
     "Write eval.csv.gz, fid_stats.npz and grid.png (a row of pictures for each number of steps)."
@@ -271,7 +278,7 @@ def write_eval(run_folder: Path, results: dict[int, EvalResult] # by number of s
     with atomic_path(run_folder/'fid_stats.npz') as tmp, tmp.open('wb') as f: np.savez_compressed(f, **arrays)
     save_grid([r.pictures for r in results.values()], run_folder/'grid.png')
 
-# %% ../nbs/06_evaluation.ipynb #0056
+# %% ../nbs/06_evaluation.ipynb #0057
 Interval = namedtuple('Interval', 'mean ci_low ci_high')
 
 def resample_shares(n: int, # things to draw from
@@ -288,7 +295,7 @@ def bootstrap_mean(values_by_seed: np.ndarray, # (seeds, prompts)
     means = ((seeds @ values)*prompts).sum(1)
     return Interval(float(values.mean()), *map(float, np.quantile(means, (.025, .975))))
 
-# %% ../nbs/06_evaluation.ipynb #0061
+# %% ../nbs/06_evaluation.ipynb #0062
 Difference = namedtuple('Difference', 'mean ci_low ci_high p')
 
 def paired_difference(a: np.ndarray, # (seeds, prompts)
@@ -302,7 +309,7 @@ def paired_difference(a: np.ndarray, # (seeds, prompts)
     tested = len(by_seed) > 1 and np.ptp(by_seed) > 1e-12
     return Difference(*bootstrap_mean(a-b, **kwargs), float(stats.ttest_1samp(by_seed, 0).pvalue) if tested else np.nan)
 
-# %% ../nbs/06_evaluation.ipynb #0066
+# %% ../nbs/06_evaluation.ipynb #0067
 def holm(pvalues # nan where there was no test
         ) -> np.ndarray: # same order, at most 1
     "Holm's step-down correction; nan stays nan and is not counted."
@@ -312,7 +319,7 @@ def holm(pvalues # nan where there was no test
     out[order] = np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)).clip(max=1)
     return out
 
-# %% ../nbs/06_evaluation.ipynb #0069
+# %% ../nbs/06_evaluation.ipynb #0070
 def t_interval(values # (seeds,)
               ) -> Interval: # without ends (nan) for a single seed
     "The mean over seeds with its 95 % interval by Student's t."
@@ -320,7 +327,7 @@ def t_interval(values # (seeds,)
     half = stats.t.ppf(.975, len(x)-1)*stats.sem(x) if len(x) > 1 else np.nan
     return Interval(float(x.mean()), float(x.mean()-half), float(x.mean()+half))
 
-# %% ../nbs/06_evaluation.ipynb #0072
+# %% ../nbs/06_evaluation.ipynb #0073
 def aggregate_iqm(scores: np.ndarray # (seeds,) or (seeds, prompts)
                  ) -> float:
     "Interquartile mean over seed means."
@@ -333,7 +340,7 @@ def probability_of_improvement(a: np.ndarray, b: np.ndarray # (seeds,) or (seeds
     a, b = (np.asarray(x, dtype=float).reshape(len(x), -1).mean(1) for x in (a, b))
     return float(((a[:, None] > b) + .5*(a[:, None] == b)).mean())
 
-# %% ../nbs/06_evaluation.ipynb #0075
+# %% ../nbs/06_evaluation.ipynb #0076
 def read_file(path: Path, reader):
     "`reader(path)`; an `OSError` in one line if the file is missing or damaged."
     path = Path(path)
@@ -349,7 +356,7 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame]: # run.json and the scor
     "The record and the scores of one finished run."
     return read_file(Path(folder)/'run.json', load_json), read_file(Path(folder)/'eval.csv.gz', read_scores)
 
-# %% ../nbs/06_evaluation.ipynb #0078
+# %% ../nbs/06_evaluation.ipynb #0079
 def read_fidelity(folder: Path # of a run
                  ) -> pd.DataFrame: # rows num_steps, split; columns fid, kid, diversity, n
     "FID, KID and diversity of one run. FID and KID need all pictures and stand in the rows of split 'all'."
@@ -361,7 +368,7 @@ def read_fidelity(folder: Path # of a run
         rows += [dict(num_steps=s, split=split, diversity=float(part.mean())) for split, part in (('seen', d[:half]), ('held_out', d[half:]))]
     return pd.DataFrame(rows)
 
-# %% ../nbs/06_evaluation.ipynb #0080
+# %% ../nbs/06_evaluation.ipynb #0081
 Run = namedtuple('Run', 'folder record scores')
 
 def read_runs(profile: str, **filters # fields of run.json, e.g. arm='lasro', num_steps=2
@@ -371,7 +378,7 @@ def read_runs(profile: str, **filters # fields of run.json, e.g. arm='lasro', nu
     records = [(f, read_file(f/'run.json', load_json)) for f in folders]
     return [Run(f, r, read_file(f/'eval.csv.gz', read_scores)) for f, r in records if all(r.get(k) == v for k, v in filters.items())]
 
-# %% ../nbs/06_evaluation.ipynb #0082
+# %% ../nbs/06_evaluation.ipynb #0083
 ANY_SEED = 'any' # the one row of an arm that has no training seeds
 
 def score_table(runs: list[Run], # of one arm, one for each seed
@@ -386,14 +393,14 @@ def score_table(runs: list[Run], # of one arm, one for each seed
         rows[seed] = (s if split == 'all' else s[s.split == split]).groupby('prompt')[reward].mean()
     return pd.DataFrame(rows).T.sort_index()
 
-# %% ../nbs/06_evaluation.ipynb #0083
+# %% ../nbs/06_evaluation.ipynb #0084
 def pair(a: pd.DataFrame, b: pd.DataFrame # two score tables
         ) -> tuple[np.ndarray, np.ndarray]: # what `paired_difference` takes
     "The rows of the seeds that both tables have; the row of an arm without seeds is paired with each of the other's."
     seeds = a.index if ANY_SEED in b.index else b.index if ANY_SEED in a.index else a.index.intersection(b.index)
     return tuple(t.loc[[ANY_SEED]*len(seeds)].to_numpy() if ANY_SEED in t.index else t.loc[seeds].to_numpy() for t in (a, b))
 
-# %% ../nbs/06_evaluation.ipynb #0088
+# %% ../nbs/06_evaluation.ipynb #0089
 def headroom_rows(result: EvalResult, model: str, # 'student' or 'teacher'
                   num_steps: int) -> list[dict]: # one for each split and reward, and FID
     "Rows of tab_headroom from one evaluation."

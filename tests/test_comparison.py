@@ -27,10 +27,10 @@ def scores(num_steps: int, gain: float, reward: str, rng) -> pd.DataFrame:
 
 
 def curve(arm: str, gain: float, rng) -> list[dict]:
-    "12 rounds; lasro rises at once, the others slowly; one row without a reward."
-    if arm in ('base', 'lcm_continued'): return [dict(step=5*k, reward_calls=0, wall_s=2.*k) for k in range(13)]
-    rise = lambda k: gain*min(1, k/3 if arm == 'lasro' else k/12)
-    return [dict(step=5*k, reward_calls=330*(k+1), wall_s=5.*k+5+rng.uniform(0, 1), reward='' if k == 4 and arm == 'reward_guided' else .5+rise(k)+rng.normal(0, .002)) for k in range(13)]
+    "30 rounds, every fifth with a probe; lasro rises soon, the others slowly."
+    if arm in ('base', 'lcm_continued'): return [dict(step=2*k, reward_calls=0, wall_s=2.*k) for k in range(31)]
+    rise = lambda k: gain*min(1, k/8 if arm == 'lasro' else k/30)
+    return [dict(step=2*k, reward_calls=330*(k+1), wall_s=5.*k+5+rng.uniform(0, 1), probe_reward='' if k % 5 else .5+rise(k)+rng.normal(0, .002)) for k in range(31)]
 
 
 def fake(arm: str, reward: str, seed: int, setting: str = 'default', split: str = 'test', overrides=None):

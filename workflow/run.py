@@ -1,5 +1,5 @@
 "Run one notebook by papermill: python workflow/run.py NOTEBOOK OUT [-p NAME VALUE]...; a name that the notebook does not know is refused."
-import argparse, difflib, logging, sys, warnings
+import argparse, difflib, sys, warnings
 from pathlib import Path
 
 import papermill
@@ -25,13 +25,15 @@ def run(notebook: Path, out: Path, # where the executed copy goes
     if not notebook.exists(): raise FileNotFoundError(f'there is no notebook {notebook}')
     check_parameters(notebook, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, log_output=True)
+    papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, stdout_file=Printed(out.stem), stderr_file=Printed(out.stem))
 
 
-def says_something(record: logging.LogRecord) -> bool:
-    "Is this what the notebook printed, rather than papermill's own chatter?"
-    record.msg, record.args = record.getMessage().rstrip(), ()
-    return bool(record.msg) and not record.msg.startswith(('Input Notebook', 'Output Notebook', 'Executing', 'Ending', '<Figure', 'Passed unknown'))
+class Printed:
+    "Passes on what a notebook prints, each line with the notebook's name before it; what its cells show stays in the executed copy."
+    def __init__(self, name: str): self.name = name
+    def flush(self): pass
+    def write(self, text: str):
+        for line in filter(str.strip, text.splitlines()): print(f'{self.name}: {line.rstrip()}', flush=True)
 
 
 def main():
@@ -41,8 +43,6 @@ def main():
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='parameters')
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
-    logging.basicConfig(level=logging.INFO, format=f'{args.out.stem}: %(message)s', stream=sys.stdout)
-    logging.getLogger().handlers[0].addFilter(says_something)
     try: run(args.notebook, args.out, {name: _resolve_type(value) for name, value in args.parameters})
     except PapermillExecutionError as e: sys.exit(f'{args.notebook.name}: {e.ename}: {e.evalue.partition(chr(10))[0]} (whole trace in {args.out})')
     except (ValueError, OSError) as e: sys.exit(str(e))
