@@ -3,7 +3,7 @@
 Both take a step of AdamW on the same batch of two-step samples: a UNet of the shapes pipeline's size without added conditions, all weights, no guidance, both steps of a sample in one update.
 TRL_PYTHON is the interpreter of an environment with trl, as tests/oracles/ddpo_trl.py says. OUT is a folder, by default results/lab/bench. With CUDA in both environments the GPU is used, else the CPU with OMP_NUM_THREADS threads.
 """
-import contextlib, json, math, platform, statistics, subprocess, sys, time
+import contextlib, json, statistics, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def trl_update(config: dict):
 
 def lasro_update(config: dict):
     "One update of `rlcm`, as a call."
-    import lasro # noqa: before torchvision
+    import lasro # first: it lets a CUDA-built torchvision import beside a CPU torch
     from diffusers import UNet2DConditionModel
     from lasro.baselines import RLCM, BaselineOptions
     from lasro.models import Conditioning
