@@ -30,7 +30,7 @@ from .core import ASSETS, Profile, atomic_path, generator, load_json, results_di
 from .models import Conditioning, FeatureNet, decode, encode_prompts, load_module
 from .rewards import load_reward
 from .sampling import draw_noise, sample
-from .shapes import HELD_OUT, SEEN, cat_scenes, prompts, render, sample_scenes
+from .shapes import HELD_OUT, PROMPT_THREE_THINGS, SEEN, cat_scenes, prompts, render, sample_scenes
 
 # %% ../nbs/06_evaluation.ipynb #0007
 def peak_memory() -> float: # MB
@@ -148,7 +148,7 @@ def features_of(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
 def reference_features(name: str = 'fid reference' # of the stream; 'fid floor' is the second set
                       ) -> np.ndarray: # (2048, 48)
     "Features of renders, half of seen and half of held-out combinations."
-    scenes = cat_scenes([sample_scenes(REFERENCE_SIZE//2, generator(0, name, combos), 'attribute', pairs) for combos, pairs in (('seen', SEEN), ('held_out', HELD_OUT))])
+    scenes = cat_scenes([sample_scenes(REFERENCE_SIZE//2, generator(0, name, combos), 'attribute', pairs, PROMPT_THREE_THINGS) for combos, pairs in (('seen', SEEN), ('held_out', HELD_OUT))])
     return features_of(torch.cat([render(scenes[i]) for i in torch.arange(REFERENCE_SIZE).split(256)])).numpy().astype(np.float64)
 
 def moments(feats: np.ndarray # (n, 48)

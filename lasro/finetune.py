@@ -24,13 +24,13 @@ log = logging.getLogger('lasro')
 
 # %% ../nbs/09_lasro.ipynb #0004
 from .core import ASSETS, check_writable, environment, generator, is_finished, load_json, profile, randn, run_dir, save_csv, save_json
-from .distill import TEACHER_GUIDANCE, lcm_loss
+from .distill import LEFT_OUT, TEACHER_GUIDANCE, lcm_loss
 from .evaluation import Budget, diversity, eval_set, evaluate, features_of, fid, moments, write_eval
 from .exploration import Labelled, ReplayBuffer, explore, vae_latent_shape
 from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, load_checkpoint, load_teacher, restore_training_state, save_checkpoint, save_lora, save_module, training_state
 from .rewards import load_reward
 from .sampling import draw_noise, sample
-from .shapes import prompts, render, scenes_of, show_images
+from .shapes import leave_out, prompts, render, scenes_of, show_images
 from .surrogate import SurrogateReward, frozen, octave_noise, surrogate_step
 
 # %% ../nbs/09_lasro.ipynb #0009
@@ -53,14 +53,14 @@ class ScoreNormaliser:
 @dataclass(frozen=True)
 class Options:
     "What can be chosen in a run. Not stated in the paper unless its comment says so."
-    pretrain_prompts: int = 200; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
-    outer_steps: int = 30; generator_steps: int = 2; surrogate_steps: int = 3; collect_prompts: int = 5 # stated: K1 in 1..10, K2 in 1..50
+    pretrain_prompts: int = 150; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
+    outer_steps: int = 24; generator_steps: int = 2; surrogate_steps: int = 4; collect_prompts: int = 8 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 64
     lr: float = 1e-4              # generator
     warmup: int = 8               # updates in which its rate rises
     surrogate_lr: float = 5e-4
     whole: bool = True            # surrogate on the teacher's whole UNet, not on its down and mid blocks (stated) only
-    groups: int = 12              # of a prompt and a step, in a surrogate step
+    groups: int = 8              # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
     across: bool = True           # compare also across prompts, not only within a prompt
     lcm_batch: int = 48           # samples in the LCM loss
@@ -106,9 +106,10 @@ class Task:
 # %% ../nbs/09_lasro.ipynb #0021
 @torch.no_grad()
 def rendered_data(pipe, texts: list[str], per_prompt: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    "Latents of renders of the prompts."
+    "Latents of renders of the prompts, of which some lack a thing, as those that the student was distilled on."
     index = torch.arange(len(texts)).repeat(per_prompt)
-    return encode_images(pipe.vae, render(scenes_of([texts[i] for i in index], generator(0, 'lcm data')))), index
+    g = generator(0, 'lcm data')
+    return encode_images(pipe.vae, render(leave_out(scenes_of([texts[i] for i in index], g), LEFT_OUT, g))), index
 
 @torch.no_grad()
 def sampled_data(pipe, cond: Conditioning, limit: int = 512, batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['IMAGE_SIZE', 'COLOURS', 'SHAPES', 'RADII', 'TEXTURES', 'COMBOS', 'HELD_OUT', 'SEEN', 'KINDS', 'THREE_THINGS',
            'SIZE_WORDS', 'NUMBER_WORDS', 'RELATIONS', 'OPENINGS', 'SIZE_OF', 'PHRASE', 'RELATION', 'SPLITS', 'POOL',
-           'CHROMA', 'COLOUR_CHROMA', 'TEMPERATURE', 'signed_distances', 'coverage', 'grid', 'Scenes', 'cat_scenes',
-           'clearance', 'place', 'choose_things', 'sample_scenes', 'show_images', 'ground_patterns', 'render_ground',
-           'render', 'Speaker', 'relation_between', 'sentence', 'captions', 'Phrase', 'parse', 'parse_relation',
-           'prompts', 'scenes_of', 'colour_maps', 'templates', 'explained', 'presence', 'template_weights', 'ask',
-           'Thing', 'detect', 'phrases_of', 'near_misses', 'detector_accuracy']
+           'PROMPT_THREE_THINGS', 'CHROMA', 'COLOUR_CHROMA', 'TEMPERATURE', 'signed_distances', 'coverage', 'grid',
+           'Scenes', 'cat_scenes', 'clearance', 'place', 'choose_things', 'sample_scenes', 'show_images',
+           'ground_patterns', 'render_ground', 'render', 'leave_out', 'Speaker', 'relation_between', 'sentence',
+           'captions', 'Phrase', 'parse', 'parse_relation', 'prompts', 'scenes_of', 'colour_maps', 'templates',
+           'explained', 'presence', 'template_weights', 'ask', 'Thing', 'detect', 'phrases_of', 'near_misses',
+           'detector_accuracy']
 
 # %% ../nbs/01_shapes.ipynb #0002
 import math, random, re, textwrap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
@@ -99,13 +100,13 @@ THREE_THINGS = .6 # share of attribute scenes with three things; the rest have t
 
 # %% ../nbs/01_shapes.ipynb #0027
 def choose_things(kind: str, combos: list, # (colour, shape) pairs allowed
-                  n: int, generator: torch.Generator
+                  n: int, generator: torch.Generator, three_things: float = THREE_THINGS
                  ) -> tuple[torch.Tensor, torch.Tensor]: # colour and shape, (n, 3), -1 where there is none
     "Which things stand in each of `n` scenes."
     pick = torch.rand(n, len(combos), generator=generator).topk(3).indices
     colour, shape = torch.tensor(combos)[pick].unbind(-1)
     u = torch.rand(n, generator=generator)
-    count = dict(attribute=2+(u < THREE_THINGS), relation=torch.full((n,), 2), count=1+(u*3).long())[kind]
+    count = dict(attribute=2+(u < three_things), relation=torch.full((n,), 2), count=1+(u*3).long())[kind]
     if kind == 'count': colour, shape = colour[:, :1].expand(n, 3), shape[:, :1].expand(n, 3)
     absent = torch.arange(3) >= count[:, None]
     return colour.masked_fill(absent, -1), shape.masked_fill(absent, -1)
@@ -113,10 +114,11 @@ def choose_things(kind: str, combos: list, # (colour, shape) pairs allowed
 # %% ../nbs/01_shapes.ipynb #0029
 def sample_scenes(n: int, # how many
                   generator: torch.Generator, kind: str = 'attribute', # one of `KINDS`
-                  combos: list = COMBOS # (colour, shape) pairs allowed
+                  combos: list = COMBOS, # (colour, shape) pairs allowed
+                  three_things: float = THREE_THINGS # share of attribute scenes that have three
                  ) -> Scenes:
     "Random scenes; in a `count` scene all things also have one size."
-    colour, shape = choose_things(kind, combos, n, generator)
+    colour, shape = choose_things(kind, combos, n, generator, three_things)
     rand = lambda *s: torch.rand(s, generator=generator)
     large = rand(n, 3) < .5
     if kind == 'count': large = large[:, :1].expand(n, 3)
@@ -177,12 +179,23 @@ def render(scenes: Scenes) -> torch.Tensor: # (B, 3, 32, 32) in [0, 1]
     return image
 
 # %% ../nbs/01_shapes.ipynb #0044
+def leave_out(scenes: Scenes, share: float, # in [0, 1], of the scenes with two or three things
+              generator: torch.Generator) -> Scenes:
+    "The same scenes, some of them without one of their things."
+    n, rows = (scenes.shape >= 0).sum(1), torch.arange(len(scenes))
+    hit = (torch.rand(len(scenes), generator=generator) < share) & (n > 1)
+    k = (torch.rand(len(scenes), generator=generator)*n).long()
+    colour, shape = scenes.colour.clone(), scenes.shape.clone()
+    colour[rows[hit], k[hit]] = shape[rows[hit], k[hit]] = -1
+    return replace(scenes, shape=shape, colour=colour)
+
+# %% ../nbs/01_shapes.ipynb #0047
 SIZE_WORDS = dict(small=('small', 'little', 'tiny'), large=('large', 'big', 'huge'))
 NUMBER_WORDS = ('a', 'two', 'three')
 RELATIONS = {'to the left of': (-1, 0), 'left of': (-1, 0), 'to the right of': (1, 0), 'right of': (1, 0), 'above': (0, -1), 'over': (0, -1), 'below': (0, 1), 'under': (0, 1)}
 OPENINGS = ('', '', '', 'a picture of ', 'an image with ', 'a photo of ', 'a drawing of ', 'there is ', 'we see ', 'here is ')
 
-# %% ../nbs/01_shapes.ipynb #0045
+# %% ../nbs/01_shapes.ipynb #0048
 class Speaker:
     "Puts scenes into words; its choice of words is seeded by a draw from `generator`."
     def __init__(self, generator: torch.Generator): self.random = random.Random(int(torch.randint(2**62, (), generator=generator)))
@@ -195,12 +208,12 @@ class Speaker:
         article = 'an' if number == 1 and words[0] in 'aeiou' else NUMBER_WORDS[number-1]
         return f'{article} {words}'
 
-# %% ../nbs/01_shapes.ipynb #0047
+# %% ../nbs/01_shapes.ipynb #0050
 def relation_between(dx: float, dy: float) -> tuple[int, int]: # pixels, from the second thing to the first
     "The main direction, as in `RELATIONS`."
     return (int(math.copysign(1, dx)), 0) if abs(dx) >= abs(dy) else (0, int(math.copysign(1, dy)))
 
-# %% ../nbs/01_shapes.ipynb #0050
+# %% ../nbs/01_shapes.ipynb #0053
 def sentence(speaker: Speaker, kind: str, # one of `KINDS`
              shape: list, colour: list, large: list, x: list, y: list # of one scene, as in `Scenes`
             ) -> str:
@@ -214,7 +227,7 @@ def sentence(speaker: Speaker, kind: str, # one of `KINDS`
     direction = relation_between(x[a]-x[b], y[a]-y[b])
     return f'{say(a)} {speaker.choose([w for w, d in RELATIONS.items() if d == direction])} {say(b)}'
 
-# %% ../nbs/01_shapes.ipynb #0052
+# %% ../nbs/01_shapes.ipynb #0055
 def captions(scenes: Scenes, # a batch
              kind: str, # the kind it was sampled as
              generator: torch.Generator # for the choice of words
@@ -226,7 +239,7 @@ def captions(scenes: Scenes, # a batch
         out.append(speaker.choose(OPENINGS) + text)
     return out
 
-# %% ../nbs/01_shapes.ipynb #0056
+# %% ../nbs/01_shapes.ipynb #0059
 @dataclass(frozen=True)
 class Phrase:
     "A noun phrase: `number` things of one colour and shape; `size` is None where the text names none."
@@ -238,13 +251,13 @@ class Phrase:
 SIZE_OF = {word: size for size, words in SIZE_WORDS.items() for word in words}
 PHRASE = re.compile(rf"\b(?:(an?|one|two|three)\s+)?(?:({'|'.join(SIZE_OF)})\s+)?({'|'.join(COLOURS)})\s+({'|'.join(SHAPES)})(?:e?s)?\b")
 
-# %% ../nbs/01_shapes.ipynb #0057
+# %% ../nbs/01_shapes.ipynb #0060
 def parse(prompt: str) -> list[Phrase]: # empty where nothing of this world is named
     "The noun phrases of `prompt`, in order."
     number = lambda w: {'two': 2, 'three': 3}.get(w, 1)
     return [Phrase(number(n), SIZE_OF.get(size), colour, shape) for n, size, colour, shape in PHRASE.findall(prompt.lower())]
 
-# %% ../nbs/01_shapes.ipynb #0059
+# %% ../nbs/01_shapes.ipynb #0062
 RELATION = re.compile('|'.join(sorted(RELATIONS, key=len, reverse=True)))
 
 def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `RELATIONS`, None where there is none
@@ -252,20 +265,21 @@ def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `REL
     found = RELATION.search(prompt.lower())
     return RELATIONS[found[0]] if found else None
 
-# %% ../nbs/01_shapes.ipynb #0063
+# %% ../nbs/01_shapes.ipynb #0066
 SPLITS = ('train', 'validation', 'test')
 
 POOL = dict(train=4096, validation=1024, test=1024) # scenes that are put into words
+PROMPT_THREE_THINGS = .25 # share of three things in them; networks learn first from more crowded scenes
 
 @cache
 def _pool(split: str, combos: str, kind: str) -> tuple[str, ...]:
     g = generator(0, 'prompts', split, combos, kind)
     allowed = HELD_OUT if combos == 'held_out' else SEEN
-    texts = dict.fromkeys(captions(sample_scenes(POOL[split], g, kind, allowed), kind, g))
+    texts = dict.fromkeys(captions(sample_scenes(POOL[split], g, kind, allowed, PROMPT_THREE_THINGS), kind, g))
     later = {t for s in SPLITS[SPLITS.index(split)+1:] for t in _pool(s, combos, kind)}
     return tuple(t for t in texts if t not in later)
 
-# %% ../nbs/01_shapes.ipynb #0064
+# %% ../nbs/01_shapes.ipynb #0067
 def prompts(split: str, # 'train', 'validation' or 'test'
             n: int, # attribute prompts: at most about 4,000 to train with, 1,000 of the others
             combos: str = 'seen', # 'seen' or 'held_out' combinations of colour and shape
@@ -277,7 +291,7 @@ def prompts(split: str, # 'train', 'validation' or 'test'
     if n > len(pool): raise ValueError(f'{split} has {len(pool)} {combos} {kind} prompts, {n} were asked for')
     return list(pool[:n])
 
-# %% ../nbs/01_shapes.ipynb #0068
+# %% ../nbs/01_shapes.ipynb #0071
 def _place_scene(scenes: Scenes, i: int, relation, generator: torch.Generator, tries: int = 32):
     "Draw positions of scene `i` until its relation holds."
     r = torch.where(scenes.large[i], RADII['large'], RADII['small'])
@@ -287,7 +301,7 @@ def _place_scene(scenes: Scenes, i: int, relation, generator: torch.Generator, t
     k = fits.index(True) if True in fits else 0
     scenes.x[i], scenes.y[i] = x[k], y[k]
 
-# %% ../nbs/01_shapes.ipynb #0070
+# %% ../nbs/01_shapes.ipynb #0073
 def scenes_of(texts: list[str], # prompts
               generator: torch.Generator) -> Scenes:
     "One scene for each prompt, with the things it names, in the relation it names."
@@ -301,7 +315,7 @@ def scenes_of(texts: list[str], # prompts
         _place_scene(scenes, i, parse_relation(text) if len(things) == 2 else None, generator)
     return scenes
 
-# %% ../nbs/01_shapes.ipynb #0073
+# %% ../nbs/01_shapes.ipynb #0076
 CHROMA = torch.tensor([[2, -1, -1], [0, math.sqrt(3), -math.sqrt(3)]])/math.sqrt(6)
 COLOUR_CHROMA = torch.tensor(list(COLOURS.values())) @ CHROMA.T # (8, 2)
 
@@ -315,7 +329,7 @@ def colour_maps(images: torch.Tensor # (B, 3, 32, 32) in [0, 1]
     length = torch.einsum('kd,bdhw->bkhw', ray/ray.square().sum(1, keepdim=True), chroma)
     return share*(length/.925).clamp(0, 1)
 
-# %% ../nbs/01_shapes.ipynb #0076
+# %% ../nbs/01_shapes.ipynb #0079
 @cache
 def templates() -> tuple[torch.Tensor, torch.Tensor]: # (10, 21, 21) each: T and W; five small shapes, then five large
     "What each shape looks like at each size, and where to look."
@@ -323,7 +337,7 @@ def templates() -> tuple[torch.Tensor, torch.Tensor]: # (10, 21, 21) each: T and
     d = torch.cat([signed_distances(gx-10.5, gy-10.5, torch.tensor(r)) for r in RADII.values()])
     return coverage(d), (coverage(d-2) > .5).float()
 
-# %% ../nbs/01_shapes.ipynb #0078
+# %% ../nbs/01_shapes.ipynb #0081
 def explained(maps: torch.Tensor # (N, 32, 32) opacity of one colour
              ) -> torch.Tensor: # (N, 10, 32, 32), at most 1; 1 is a perfect match
     "The fraction q of every template, at every position."
@@ -332,7 +346,7 @@ def explained(maps: torch.Tensor # (N, 32, 32) opacity of one colour
     weight = torch.stack([2*t, -w], 1)/energy[:, None, None, None]
     return F.conv2d(torch.stack([maps, maps.square()], 1), weight.to(maps), padding=10)
 
-# %% ../nbs/01_shapes.ipynb #0081
+# %% ../nbs/01_shapes.ipynb #0084
 TEMPERATURE = .015
 
 def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
@@ -347,7 +361,7 @@ def presence(maps: torch.Tensor # (N, 32, 32) opacity of one colour
     out[n, :, y, x] = p * ((best[n, y, x]-.2)/.5).clamp(0, 1)[:, None]
     return out
 
-# %% ../nbs/01_shapes.ipynb #0084
+# %% ../nbs/01_shapes.ipynb #0087
 def template_weights(phrases: list[Phrase]) -> torch.Tensor: # (N, 10), 1 where a template is what the phrase names
     "One template where the phrase names a size, both sizes where it names none."
     weight = torch.zeros(len(phrases), 2*len(SHAPES))
@@ -356,7 +370,7 @@ def template_weights(phrases: list[Phrase]) -> torch.Tensor: # (N, 10), 1 where 
         if p.size != 'small': row[SHAPES.index(p.shape)+len(SHAPES)] = 1
     return weight
 
-# %% ../nbs/01_shapes.ipynb #0086
+# %% ../nbs/01_shapes.ipynb #0089
 def ask(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
         phrases: list[list[Phrase]] # the questions to each picture
        ) -> list[torch.Tensor]: # for each picture, one answer in [0, 1] a question
@@ -369,7 +383,7 @@ def ask(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     answers = torch.einsum('nkhw,nk->nhw', seen, template_weights(flat).to(seen)).amax((1, 2)).clamp(max=1)
     return list(answers.split([len(ps) for ps in phrases]))
 
-# %% ../nbs/01_shapes.ipynb #0089
+# %% ../nbs/01_shapes.ipynb #0092
 @dataclass(frozen=True)
 class Thing:
     "A detected thing; `x` and `y` in pixels, `sure` in [0, 1]."
@@ -380,7 +394,7 @@ class Thing:
     y: float
     sure: float
 
-# %% ../nbs/01_shapes.ipynb #0090
+# %% ../nbs/01_shapes.ipynb #0093
 def detect(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
            threshold: float = .5 # least presence to count
           ) -> list[list[Thing]]: # for each picture, surest first
@@ -394,12 +408,12 @@ def detect(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
         out[i].append(Thing(list(COLOURS)[c], SHAPES[shape], list(RADII)[size], x+.5, y+.5, float(best[n, y, x])))
     return [sorted(things, key=lambda t: -t.sure) for things in out]
 
-# %% ../nbs/01_shapes.ipynb #0093
+# %% ../nbs/01_shapes.ipynb #0096
 def phrases_of(scene: Scenes) -> list[Phrase]:
     "The true phrases of one scene, sizes named."
     return [Phrase(1, 'large' if l else 'small', list(COLOURS)[c], SHAPES[s]) for c, s, l in zip(scene.colour.tolist(), scene.shape.tolist(), scene.large.tolist()) if s >= 0]
 
-# %% ../nbs/01_shapes.ipynb #0094
+# %% ../nbs/01_shapes.ipynb #0097
 def near_misses(phrases: list[Phrase], generator: torch.Generator) -> list[Phrase]:
     "For each phrase one that differs in one attribute and is not in the scene."
     out = []
@@ -409,7 +423,7 @@ def near_misses(phrases: list[Phrase], generator: torch.Generator) -> list[Phras
         out.append(options[int(torch.randint(len(options), (), generator=generator))])
     return out
 
-# %% ../nbs/01_shapes.ipynb #0096
+# %% ../nbs/01_shapes.ipynb #0099
 def detector_accuracy(images: torch.Tensor, # pictures of `scenes`, rendered or reconstructed
                       scenes: Scenes, generator: torch.Generator
                      ) -> dict[str, float]: # shares in [0, 1]
