@@ -19,7 +19,7 @@ from torch import nn
 
 # %% ../nbs/10_baselines.ipynb #0004
 from .core import profile, randn
-from .distill import TEACHER_GUIDANCE, ddim_step, lcm_loss
+from .distill import DISTILL_GUIDANCE, ddim_step, lcm_loss
 from .evaluation import diversity, features_of
 from .exploration import vae_latent_shape
 from .finetune import ARMS, LCMContinued, Options, ScoreNormaliser, Task, log
@@ -372,7 +372,7 @@ def reward_loss(self: GORS, k: int, i: int) -> tuple[torch.Tensor, dict]:
     (latents,), cond = self.pick(rows, 'latents'), t.cond[self.batch['prompt'][rows]]
     t.budget.forward(len(rows), backward=True)
     if o.gors_form == 'lcm': t.budget.forward(3*len(rows)) # guided teacher, target
-    loss = self.regression(latents, cond, g) if o.gors_form == 'x0' else lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, latents, cond, TEACHER_GUIDANCE, g)
+    loss = self.regression(latents, cond, g) if o.gors_form == 'x0' else lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, latents, cond, DISTILL_GUIDANCE, g)
     return loss, dict(policy_loss=loss.item())
 
 # %% ../nbs/10_baselines.ipynb #0133
@@ -402,7 +402,7 @@ def one_step(self: RewardGuided, rows: torch.Tensor, g: torch.Generator) -> tupl
     times = 20*torch.randint(1, 51, (len(rows),), generator=g)-1
     x = add_noise(latents, randn(*latents.shape, generator=g, device=latents.device), times)
     times, before = times.to(latents.device), (times-20).clamp(min=0).to(latents.device)
-    with torch.no_grad(): target = denoise(unet, ddim_step(t.teacher, x, times, before, cond, TEACHER_GUIDANCE), before, cond)
+    with torch.no_grad(): target = denoise(unet, ddim_step(t.teacher, x, times, before, cond, DISTILL_GUIDANCE), before, cond)
     return denoise(unet, x, times, cond), target
 
 # %% ../nbs/10_baselines.ipynb #0141

@@ -24,7 +24,7 @@ log = logging.getLogger('lasro')
 
 # %% ../nbs/09_lasro.ipynb #0004
 from .core import ASSETS, check_writable, environment, generator, is_finished, load_json, profile, randn, run_dir, save_csv, save_json
-from .distill import LEFT_OUT, TEACHER_GUIDANCE, lcm_loss
+from .distill import LEFT_OUT, DISTILL_GUIDANCE, lcm_loss
 from .evaluation import Budget, diversity, eval_set, evaluate, features_of, fid, moments, write_eval
 from .exploration import Labelled, ReplayBuffer, explore, vae_latent_shape
 from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, load_checkpoint, load_teacher, restore_training_state, save_checkpoint, save_lora, save_module, training_state
@@ -154,7 +154,7 @@ def lcm(self: LCMContinued, k: int, i: int) -> torch.Tensor:
     rows = torch.randint(len(t.data[0]), (n,), generator=g)
     t.budget.forward(n, backward=True)
     t.budget.forward(3*n)
-    return lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, t.data[0][rows], t.cond[t.data[1][rows]], TEACHER_GUIDANCE, g)
+    return lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, t.data[0][rows], t.cond[t.data[1][rows]], DISTILL_GUIDANCE, g)
 
 # %% ../nbs/09_lasro.ipynb #0031
 def falling_rate(o: Options, k: int, i: int) -> float:
