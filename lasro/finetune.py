@@ -107,8 +107,7 @@ class Task:
 @torch.no_grad()
 def rendered_data(pipe, texts: list[str], per_prompt: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     "Latents of renders of the prompts, of which some lack a thing, as those that the student was distilled on."
-    index = torch.arange(len(texts)).repeat(per_prompt)
-    g = generator(0, 'lcm data')
+    index, g = torch.arange(len(texts)).repeat(per_prompt), generator(0, 'lcm data')
     return encode_images(pipe.vae, render(leave_out(scenes_of([texts[i] for i in index], g), LEFT_OUT, g))), index
 
 @torch.no_grad()
