@@ -24,7 +24,7 @@ log = logging.getLogger('lasro')
 
 # %% ../nbs/09_lasro.ipynb #0004
 from .core import ASSETS, check_writable, environment, generator, is_finished, load_json, profile, randn, run_dir, save_csv, save_json
-from .distill import LEFT_OUT, DISTILL_GUIDANCE, lcm_loss
+from .distill import DISTILL_GUIDANCE, LEFT_OUT, lcm_loss
 from .evaluation import Budget, diversity, eval_set, evaluate, features_of, fid, moments, write_eval
 from .exploration import Labelled, ReplayBuffer, explore, vae_latent_shape
 from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, load_checkpoint, load_teacher, restore_training_state, save_checkpoint, save_lora, save_module, training_state
@@ -60,7 +60,7 @@ class Options:
     warmup: int = 8               # updates in which its rate rises
     surrogate_lr: float = 5e-4
     whole: bool = True            # surrogate on the teacher's whole UNet, not on its down and mid blocks (stated) only
-    groups: int = 8              # of a prompt and a step, in a surrogate step
+    groups: int = 8               # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
     across: bool = True           # compare also across prompts, not only within a prompt
     lcm_batch: int = 48           # samples in the LCM loss
