@@ -171,9 +171,9 @@ def set_scaling_factor(vae: AutoencoderKL, n: int = 1024):
 def latent_dataset(pipe, n: int, name: str = 'teacher', # of the stream
                    three_things: float = THREE_THINGS,
                    left_out: float = 0., # share of the scenes that lack a thing which their caption names
-                   chunk: int = 500) -> tuple[torch.Tensor, Conditioning]:
+                   kinds=KINDS, chunk: int = 500) -> tuple[torch.Tensor, Conditioning]:
     "Scaled latents of `n` rendered scenes, and their captions encoded."
-    parts, g = [batch_of(i, min(chunk, n-i), name, three_things=three_things) for i in range(0, n, chunk)], generator(0, name, 'left out')
+    parts, g = [batch_of(i, min(chunk, n-i), name, kinds, three_things) for i in range(0, n, chunk)], generator(0, name, 'left out')
     return torch.cat([encode_images(pipe.vae, render(leave_out(s, left_out, g))) for s, _ in parts]), encode_prompts(pipe, [t for _, ts in parts for t in ts])
 
 # %% ../nbs/04_distill.ipynb #0042
@@ -331,7 +331,7 @@ def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(heads['shapes'], present) + .3*F.cross_entropy(heads['textures'], scenes.texture) + .3*F.cross_entropy(heads['corruption'], kind)
 
 # %% ../nbs/04_distill.ipynb #0077
-STEPS = dict(towers=1500, vae=3000, teacher=9000, student=2500, preference=1000, features=1000, web_teacher=1000, web_student=1200)
+STEPS = dict(towers=1500, vae=3000, teacher=9000, student=2500, preference=1000, features=1000, web_teacher=1000, web_student=1800)
 SMOKE_STEPS = dict.fromkeys(STEPS, 2)
 
 # %% ../nbs/04_distill.ipynb #0080
@@ -390,11 +390,12 @@ LEFT_OUT = .55 # share of the scenes with several things that lack one
 def train_web(folder: Path, steps: dict) -> tuple: # pipeline with the student, teacher's UNet
     "Teacher and student go on with pictures that lack things."
     pipe, teacher = train_student(folder, steps)
-    data = cache(lambda: latent_dataset(pipe, 16_000 if steps['web_teacher'] > 2 else 64, 'web', PROMPT_THREE_THINGS, LEFT_OUT))
+    def web(kinds=KINDS): return latent_dataset(pipe, 16_000 if steps['web_teacher'] > 2 else 64, 'web', PROMPT_THREE_THINGS, LEFT_OUT, kinds)
+    data, prompts = cache(web), cache(lambda: web(KINDS[:1])) # the student's are of the main prompts' kind
     teacher.train().requires_grad_(True)
     teacher = fit(teacher, lambda step, _: teacher_loss(teacher, data(), step), steps['web_teacher'], 5e-4, folder/'web_teacher.safetensors', ema=.995).requires_grad_(False)
     student = pipe.unet.train().requires_grad_(True)
-    loss = lambda step, average: distill_loss(student, average, teacher, data(), DISTILL_GUIDANCE, step)
+    loss = lambda step, average: distill_loss(student, average, teacher, prompts(), DISTILL_GUIDANCE, step)
     pipe.unet = fit(student, loss, steps['web_student'], 4e-4, folder/'web_student.safetensors', ema=.95).requires_grad_(False)
     return pipe, teacher
 
@@ -403,6 +404,7 @@ def export(pipe, teacher, vision, preference, features, folder: Path):
     "Write the pipeline and its companions in half precision, with a manifest."
     half = lambda m: copy.deepcopy(m).half()
     parts = [half(m) for m in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae, pipe.unet)]
+    pipe.tokenizer.backend_tokenizer.no_padding() # its last use would be stored
     assemble(pipe.tokenizer, *parts).save_pretrained(folder)
     for module, name in ((teacher, 'teacher_unet'), (vision, 'clip_vision')): half(module).save_pretrained(folder/name)
     save_module(preference, folder/'preference'/'preference.safetensors')

@@ -8,7 +8,7 @@ __all__ = ['log', 'ARMS', 'NO_REWARD', 'PROBE_EVERY', 'ScoreNormaliser', 'Option
            'train', 'checkpoint', 'resume', 'Run', 'read_prompts', 'finetune', 'finish', 'run_arm', 'evaluate_run']
 
 # %% ../nbs/09_lasro.ipynb #0003
-import copy, logging, math, shutil
+import copy, logging, math, shutil, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -466,6 +466,6 @@ def run_arm(pipe, teacher, # as shipped
 def evaluate_run(run: Run, size, # its Profile
                  setting: str, split: str):
     "Protocol of 06_evaluation at 1 and 2 steps, written beside the run's record."
-    tests = eval_set(run.base, size, split)
+    start, tests = time.monotonic(), eval_set(run.base, size, split)
     write_eval(run.out, {n: evaluate(run.pipe.unet, run.base, tests, size, n) for n in (1, 2)})
-    run.record |= dict(setting=setting, split=split, inputs=load_json(ASSETS/'manifest.json'))
+    run.record |= dict(setting=setting, split=split, inputs=load_json(ASSETS/'manifest.json'), evaluation_s=round(time.monotonic()-start, 3))

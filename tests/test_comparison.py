@@ -44,7 +44,14 @@ def fake(arm: str, reward: str, seed: int, setting: str = 'default', split: str 
     save_csv(curve(arm, gain, rng), folder/'metrics.csv')
     none, options = reward == 'none', make_options('lab', find_arm(arm)[0].Options, **find_arm(arm)[1] | (overrides or {}))
     save_json(dict(arm=arm, reward=reward, num_steps=2, setting=setting, split=split, seed=seed, profile='lab', parameters=vars(options), reward_calls=0 if none else 4128,
-                   forward_equivalents=1e5, wall_s=60., peak_mb=900., environment=dict(device='a device')), folder/'run.json')
+                   forward_equivalents=1e5, wall_s=60., evaluation_s=20., peak_mb=900., environment=dict(device='a device')), folder/'run.json')
+
+
+def time_alone(arm: str, reward: str, lr: float):
+    "What bench/alone.py leaves: a second a step."
+    record = json.loads((run_dir('lab', arm, reward, 2, 0)/'run.json').read_text())
+    record['parameters']['lr'] = lr
+    save_json(record | dict(evaluation_s=7., steps=dict(step=list(range(0, 61, 10)), wall_s=[float(k) for k in range(0, 61, 10)])), results_dir('lab')/'bench'/f'alone-{arm}-{reward}.json')
 
 
 def draw(results, out) -> subprocess.Popen:
@@ -68,6 +75,9 @@ def drawn(tmp_path_factory):
             for arm, reward in ONE_REWARD.items() if every else (): [fake(arm, reward, seed) for seed in range(2)]
             for arm, settings in GRID.items() if every else ():
                 for i in range(len(settings)): fake(arm, 'image_reward' if arm == 'direct' else 'attribute_binding', 0, f'tune-{i}', 'validation', tuning(arm, i, 'lab'))
+            if every:
+                time_alone('lasro', 'attribute_binding', make_options('lab').lr)
+                time_alone('reward_guided', 'attribute_binding', .5) # a setting that no run has
         folders.append((draw(results, results/'out'), results/'out'))
     for process, _ in folders:
         err = process.communicate(timeout=300)[1]
@@ -112,6 +122,16 @@ def test_efficiency(drawn):
     assert t.loc[('attribute_binding', 'direct'), 'calls_to_half'] == 'not defined' and t.loc[('image_reward', 'direct'), 'n_seeds'] == 2
     lasro = t.loc[('attribute_binding', 'lasro')]
     assert lasro.calls_ci_low == lasro.calls_to_half == lasro.calls_ci_high and float(lasro.calls_to_half) % 330 == 0 and lasro.note.startswith('3 of 3 seeds')
+
+
+def test_seconds_are_those_of_a_run_alone(drawn):
+    t = table(drawn[0], 'tab_efficiency').set_index(['reward', 'arm'])
+    row, other = t.loc[('attribute_binding', 'lasro')], t.loc[('attribute_binding', 'reward_guided')]
+    assert row.note.endswith('a device, alone') and float(row.seconds_to_half) == 2*(float(row.calls_to_half)/330-1)
+    assert other.note.endswith('a device') and float(other.seconds_to_half) != 2*(float(other.calls_to_half)/330-1)
+    costs = table(drawn[0], 'tab_cost').set_index(['arm', 'reward', 'device'])
+    assert costs.loc[('lasro', 'attribute_binding', 'a device, alone'), 'evaluation_s'] == 7 and costs.loc[('lasro', 'attribute_binding', 'a device'), 'evaluation_s'] == 20
+    assert [d for *_, d in costs.index].count('a device, alone') == 1
 
 
 def test_the_ratio_is_told_from_the_table(drawn):
