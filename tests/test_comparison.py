@@ -17,6 +17,7 @@ GAINS = dict(base=0, lcm_continued=.005, lasro=.4, pso=-.01, **{'rlcm': .02, 'rl
 EVERYWHERE = [arm for arm in GAINS if arm not in ('base', 'lcm_continued')]
 ONE_REWARD = dict(gors_lcm='text_alignment', direct='image_reward')
 PROMPTS = 24
+TRL = dict(batch=64, num_steps=2, trl='0.23.1', n=40, lasro_ms=70., trl_ms=100., ratio=.7, ratio_q25=.65, ratio_q75=.75) # what bench/rlcm_trl.py leaves
 
 
 def scores(num_steps: int, gain: float, reward: str, rng) -> pd.DataFrame:
@@ -78,6 +79,7 @@ def drawn(tmp_path_factory):
             if every:
                 time_alone('lasro', 'attribute_binding', make_options('lab').lr)
                 time_alone('reward_guided', 'attribute_binding', .5) # a setting that no run has
+                save_json(TRL | dict(environment=dict(device='a device')), results_dir('lab')/'bench'/'rlcm_trl-cpu.json')
         folders.append((draw(results, results/'out'), results/'out'))
     for process, _ in folders:
         err = process.communicate(timeout=300)[1]
@@ -131,7 +133,8 @@ def test_seconds_are_those_of_a_run_alone(drawn):
     assert other.note.endswith('a device') and float(other.seconds_to_half) != 2*(float(other.calls_to_half)/330-1)
     costs = table(drawn[0], 'tab_cost').set_index(['arm', 'reward', 'device'])
     assert costs.loc[('lasro', 'attribute_binding', 'a device, alone'), 'evaluation_s'] == 7 and costs.loc[('lasro', 'attribute_binding', 'a device'), 'evaluation_s'] == 20
-    assert [d for *_, d in costs.index].count('a device, alone') == 1
+    assert [d for *_, d in costs.index].count('a device, alone') == 2 # and that of the update beside trl's
+    assert costs.loc[('rlcm', 'none', 'a device, alone'), ['ratio', 'ratio_q25', 'ratio_q75']].tolist() == [.7, .65, .75]
 
 
 def test_the_ratio_is_told_from_the_table(drawn):
