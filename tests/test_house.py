@@ -1,5 +1,5 @@
 "The house is in order: notebooks, links, paths, generated files."
-import ast, json, re, shutil, subprocess, sys, zipfile
+import ast, json, os, re, shutil, subprocess, sys, sysconfig, zipfile
 
 import pytest
 from conftest import NOTEBOOKS, ROOT
@@ -95,3 +95,16 @@ def test_an_installed_package_holds_the_weights(tmp_path):
     names = set(zipfile.ZipFile(next((tmp_path/'dist').glob('*.whl'))).namelist())
     shipped = {p.relative_to(ROOT).as_posix() for p in (ROOT/'lasro').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     assert shipped <= names
+
+
+@pytest.mark.slow
+def test_nbdev_3_tests_this_checkout(tmp_path):
+    "Through the shim of pyproject.toml. The environment holds nbdev 3 and what it brings; the rest is found in this one."
+    env = tmp_path/'nbdev3'
+    subprocess.run([sys.executable, '-m', 'venv', env], check=True)
+    site = next((env/'lib').glob('python*'))/'site-packages'
+    pip = subprocess.run([env/'bin'/'python', '-m', 'pip', 'install', '-q', '--retries', '1', 'nbdev>=3,<4'], capture_output=True, text=True)
+    if pip.returncode: pytest.skip(f'pip cannot install nbdev 3: {pip.stderr.strip().splitlines()[-1]}')
+    (site/'this.pth').write_text(sysconfig.get_path('purelib'))
+    found = subprocess.run([env/'bin'/'nbdev-test', '--n-workers', '1'], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert found.returncode == 0 and 'Success' in found.stdout+found.stderr, found.stdout[-2000:]+found.stderr[-2000:]
