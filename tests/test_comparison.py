@@ -48,6 +48,9 @@ def fake(arm: str, reward: str, seed: int, setting: str = 'default', split: str 
                    forward_equivalents=1e5, wall_s=60., evaluation_s=20., peak_mb=900., environment=dict(device='a device')), folder/'run.json')
 
 
+def find_lr(arm: str) -> float: return make_options('lab', find_arm(arm)[0].Options, **find_arm(arm)[1]).lr
+
+
 def time_alone(arm: str, reward: str, lr: float):
     "What bench/alone.py leaves: a second a step."
     record = json.loads((run_dir('lab', arm, reward, 2, 0)/'run.json').read_text())
@@ -77,8 +80,8 @@ def drawn(tmp_path_factory):
             for arm, settings in GRID.items() if every else ():
                 for i in range(len(settings)): fake(arm, 'image_reward' if arm == 'direct' else 'attribute_binding', 0, f'tune-{i}', 'validation', tuning(arm, i, 'lab'))
             if every:
-                time_alone('lasro', 'attribute_binding', make_options('lab').lr)
-                time_alone('reward_guided', 'attribute_binding', .5) # a setting that no run has
+                for arm in EVERYWHERE: time_alone(arm, 'attribute_binding', find_lr(arm))
+                for arm in EVERYWHERE: time_alone(arm, 'text_alignment', .5 if arm == 'pso' else find_lr(arm)) # that of pso is of a setting that no run has
                 save_json(TRL | dict(environment=dict(device='a device')), results_dir('lab')/'bench'/'rlcm_trl-cpu.json')
         folders.append((draw(results, results/'out'), results/'out'))
     for process, _ in folders:
@@ -128,12 +131,14 @@ def test_efficiency(drawn):
 
 def test_seconds_are_those_of_a_run_alone(drawn):
     t = table(drawn[0], 'tab_efficiency').set_index(['reward', 'arm'])
-    row, other = t.loc[('attribute_binding', 'lasro')], t.loc[('attribute_binding', 'reward_guided')]
-    assert row.note.endswith('a device, alone') and float(row.seconds_to_half) == 2*(float(row.calls_to_half)/330-1)
-    assert other.note.endswith('a device') and float(other.seconds_to_half) != 2*(float(other.calls_to_half)/330-1)
+    for reward, alone in ('attribute_binding', True), ('text_alignment', False): # all arms alone, or none
+        for arm in 'lasro', 'reward_guided':
+            row = t.loc[(reward, arm)]
+            assert row.note.endswith('a device, alone' if alone else 'a device')
+            assert (float(row.seconds_to_half) == 2*(float(row.calls_to_half)/330-1)) == alone # a second a step
     costs = table(drawn[0], 'tab_cost').set_index(['arm', 'reward', 'device'])
     assert costs.loc[('lasro', 'attribute_binding', 'a device, alone'), 'evaluation_s'] == 7 and costs.loc[('lasro', 'attribute_binding', 'a device'), 'evaluation_s'] == 20
-    assert [d for *_, d in costs.index].count('a device, alone') == 2 # and that of the update beside trl's
+    assert ('lasro', 'text_alignment', 'a device, alone') in costs.index and ('pso', 'text_alignment', 'a device, alone') not in costs.index
     assert costs.loc[('rlcm', 'none', 'a device, alone'), ['ratio', 'ratio_q25', 'ratio_q75']].tolist() == [.7, .65, .75]
 
 
