@@ -27,7 +27,7 @@ class Profile:
     pretrain_prompts: int = 150 # of those, sampled to pre-train the surrogate
     n_noises: int = 6           # N_s, initial noises a prompt and visit
     pretrain_steps: int = 100   # Bradley-Terry steps before the generator moves
-    outer_steps: int = 24       # rounds of generator, collection, surrogate
+    outer_steps: int = 20       # rounds of generator, collection, surrogate
     generator_steps: int = 2    # K1
     surrogate_steps: int = 4    # K2
     collect_prompts: int = 8    # prompts labelled again in a round
