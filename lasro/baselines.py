@@ -525,7 +525,7 @@ def restore(self: Direct, tensors: dict):
 
 # %% ../nbs/10_baselines.ipynb #0171
 ARMS.update({'rlcm': (RLCM, dict(lr=1e-4, c=0., max_norm=5.)), 'rlcm-dropped': (RLCMDropped, dict(lr=1e-4, c=0., max_norm=5.)),
-             'diffusion_dpo': (DiffusionDPO, dict(lr=1e-4, c=0.)), 'pso': (PSO, dict(lr=1e-4, c=0.)), 'gors_lcm': (GORS, dict(c=0.)),
+             'diffusion_dpo': (DiffusionDPO, dict(lr=3e-5, c=0.)), 'pso': (PSO, dict(lr=1e-4, c=0.)), 'gors_lcm': (GORS, dict(c=0.)),
              'reward_guided': (RewardGuided, {}), 'direct': (Direct, {})})
 
 # %% ../nbs/10_baselines.ipynb #0178
