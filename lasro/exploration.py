@@ -15,7 +15,7 @@ from .models import Conditioning, decode
 from .sampling import draw_noise, sample
 from .surrogate import ordered_pairs
 
-# %% ../nbs/08_exploration.ipynb #0011
+# %% ../nbs/08_exploration.ipynb #0014
 @dataclass
 class Labelled:
     "N labelled latents."
@@ -25,7 +25,7 @@ class Labelled:
     step: torch.Tensor    # (N,) 0 for z1, 1 for z2, ...
     def __len__(self): return len(self.rewards)
 
-# %% ../nbs/08_exploration.ipynb #0012
+# %% ../nbs/08_exploration.ipynb #0015
 @torch.no_grad()
 def explore(unet, vae, cond: Conditioning, # of all training prompts
             texts: list[str], # all training prompts
@@ -49,7 +49,7 @@ def vae_latent_shape(unet, vae) -> tuple[int, int, int]:
     "Channels, height and width of the model's latents."
     return (vae.config.latent_channels, unet.config.sample_size, unet.config.sample_size)
 
-# %% ../nbs/08_exploration.ipynb #0015
+# %% ../nbs/08_exploration.ipynb #0022
 class ReplayBuffer:
     "The newest `capacity` labelled latents and all clear pairs among them."
     def __init__(self, capacity: int = 4096, min_gap: float = .05):
@@ -66,7 +66,7 @@ class ReplayBuffer:
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # rows of `samples`; winners, losers: indices into the rows
         "Random samples of up to `n` random groups, and all their clear pairs."
         s, groups = self.samples, self.groups
-        known = groups[self.winners].unique()
+        known = groups.unique() if across and size == 1 else groups[self.winners].unique() # single samples are compared across groups
         if prompts is not None: known = known[torch.isin(known//64, prompts)]
         rows = torch.isin(groups, known[torch.randperm(len(known), generator=g)[:n]]).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=g)[:n*size]]

@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'ARMS', 'NO_REWARD', 'PROBE_EVERY', 'ScoreNormaliser', 'Options', 'make_options', 'Task', 'rendered_data',
-           'sampled_data', 'make_task', 'LCMContinued', 'falling_rate', 'LaSRO', 'find_arm', 'probe_pictures', 'probe',
-           'train', 'checkpoint', 'resume', 'Run', 'read_prompts', 'finetune', 'finish', 'run_arm', 'evaluate_run']
+           'sampled_data', 'make_task', 'LCMContinued', 'falling_rate', 'LaSRO', 'find_arm', 'probe_pictures',
+           'held_out_scores', 'probe', 'HackingAlarm', 'note_alarm', 'first_alarms', 'train', 'checkpoint', 'resume',
+           'Run', 'read_prompts', 'finetune', 'finish', 'prompt_kind', 'train_texts', 'stored_under', 'run_arm',
+           'evaluate_run']
 
 # %% ../nbs/09_lasro.ipynb #0003
 import copy, logging, math, shutil, time
@@ -25,13 +27,13 @@ log = logging.getLogger('lasro')
 # %% ../nbs/09_lasro.ipynb #0004
 from .core import ASSETS, check_writable, environment, generator, is_finished, load_json, profile, randn, run_dir, save_csv, save_json
 from .distill import DISTILL_GUIDANCE, LEFT_OUT, lcm_loss
-from .evaluation import Budget, diversity, eval_set, evaluate, features_of, fid, moments, write_eval
+from .evaluation import SCORED, Budget, diversity, eval_set, evaluate, features_of, fid, load_rewards, moments, write_eval
 from .exploration import Labelled, ReplayBuffer, explore, vae_latent_shape
 from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, load_checkpoint, load_teacher, restore_training_state, save_checkpoint, save_lora, save_module, training_state
-from .rewards import load_reward
+from .rewards import RewardError, load_reward
 from .sampling import draw_noise, sample
-from .shapes import leave_out, prompts, render, scenes_of, show_images
-from .surrogate import SurrogateReward, frozen, octave_noise, surrogate_step
+from .shapes import KINDS, leave_out, prompts, render, scenes_of, show_images
+from .surrogate import frozen, make_surrogate, octave_noise, surrogate_step
 
 # %% ../nbs/09_lasro.ipynb #0009
 class ScoreNormaliser:
@@ -59,7 +61,8 @@ class Options:
     lr: float = 1e-4              # generator
     warmup: int = 8               # updates in which its rate rises
     surrogate_lr: float = 5e-4
-    whole: bool = True            # surrogate on the teacher's whole UNet, not on its down and mid blocks (stated) only
+    backbone: str = 'unet'        # of the surrogate; 'clip' and 'blip' are what the paper compares it with
+    whole: bool = True            # the teacher's whole UNet, not its down and mid blocks (stated) only
     groups: int = 8               # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
     across: bool = True           # compare also across prompts, not only within a prompt
@@ -76,6 +79,7 @@ class Options:
     min_gap: float = .05          # least reward gap of a pair, in deviations
     buffer: int = 4096            # labelled latents kept
     probe_prompts: int = 256      # scored every 5 rounds to draw the curve; 0 draws none
+    stop_on_alarm: bool = False   # end the run at the first sign of a hacked reward
 
 # %% ../nbs/09_lasro.ipynb #0014
 def make_options(profile_name: str, kind: type = Options, # of the arm
@@ -98,6 +102,7 @@ class Task:
     data: tuple[torch.Tensor, torch.Tensor] # clean latents (M, 4, h, w) for the LCM loss, and the prompt of each (M,)
     num_steps: int
     seed: int
+    held_out: object = None # a Reward that is only watched
     budget: Budget = field(default_factory=Budget)
     def stream(self, *names): return generator(self.seed, *names)
     @property
@@ -127,8 +132,9 @@ def make_task(pipe, reward, texts: list[str], teacher=None, data=None, num_steps
     cond = encode_prompts(pipe, texts)
     tuned = StableDiffusionXLPipeline(**{k: v for k, v in pipe.components.items() if k != 'unet'}, unet=unet, add_watermarker=False)
     tuned.set_progress_bar_config(disable=True)
-    teacher = load_teacher() if teacher is None else teacher
-    return Task(tuned, teacher, None if reward is None else load_reward(reward), texts, cond, data or sampled_data(pipe, cond), num_steps, seed)
+    teacher, reward = load_teacher() if teacher is None else teacher, None if reward is None else load_reward(reward)
+    held_out = load_reward(reward.held_out) if reward and reward.held_out else None
+    return Task(tuned, teacher, reward, texts, cond, data or sampled_data(pipe, cond), num_steps, seed, held_out)
 
 # %% ../nbs/09_lasro.ipynb #0025
 class LCMContinued:
@@ -188,13 +194,14 @@ class LaSRO(LCMContinued):
     def __init__(self, task: Task, options: Options):
         super().__init__(task, options)
         torch.manual_seed(task.seed) # the head's initial weights
-        self.share = 1. if options.whole else .5 # of a UNet pass
-        self.surrogate = SurrogateReward(task.teacher, options.whole).to(task.cond.pooled.device)
+        name = 'unet-whole' if options.backbone == 'unet' and options.whole else options.backbone
+        self.share = .5 if name == 'unet' else 1. # of a UNet pass; decoder and vision tower take as long as a whole UNet (tab_backbones)
+        self.surrogate = make_surrogate(name, task.teacher, task.pipe.vae).to(task.cond.pooled.device)
         self.surrogate_optimizer = torch.optim.AdamW(self.surrogate.parameters(), options.surrogate_lr, betas=(.9, .99))
         self.buffer = ReplayBuffer(options.buffer, options.min_gap)
         self.normalise = [ScoreNormaliser(options.s_form) for _ in range(task.num_steps)]
 
-# %% ../nbs/09_lasro.ipynb #0042
+# %% ../nbs/09_lasro.ipynb #0043
 @patch
 def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]: # labelled latents, pictures of the last step
     "Sample and label random prompts, once the buffer holds any those; counted."
@@ -207,28 +214,28 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
     t.budget.forward(len(found))
     return found, images
 
-# %% ../nbs/09_lasro.ipynb #0044
+# %% ../nbs/09_lasro.ipynb #0045
 @patch
 def train_surrogate(self: LaSRO, name, steps: int, prompts: torch.Tensor | None = None) -> list[float]: # losses
     "Bradley-Terry steps on groups from the buffer, of `prompts` or of all."
     losses, s, o = [], self.buffer.samples, self.options
     for i in range(steps):
         g = self.task.stream('surrogate', name, i)
-        rows, *pairs = self.buffer.draw(o.groups, max(2, o.n_noises), g, prompts, o.across)
+        rows, *pairs = self.buffer.draw(o.groups, o.n_noises if o.across else max(2, o.n_noises), g, prompts, o.across)
         if not len(pairs[0]): continue # nothing to compare
         z = octave_noise(s.latents[rows], o.smooth, g)
         losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, z, self.task.cond[s.prompt[rows]], *pairs))
         self.task.budget.forward(len(rows), backward=True, share=self.share)
     return losses
 
-# %% ../nbs/09_lasro.ipynb #0048
+# %% ../nbs/09_lasro.ipynb #0049
 @patch
 @torch.no_grad()
 def score(self: LaSRO, found: Labelled, rows: torch.Tensor) -> torch.Tensor:
     "Surrogate rewards of some labelled latents."
     return self.surrogate(found.latents[rows], self.task.cond[found.prompt[rows]]).cpu()
 
-# %% ../nbs/09_lasro.ipynb #0050
+# %% ../nbs/09_lasro.ipynb #0051
 @patch
 def health(self: LaSRO, found: Labelled, # fresh samples
            images: torch.Tensor # their last pictures
@@ -241,17 +248,17 @@ def health(self: LaSRO, found: Labelled, # fresh samples
     out = dict(reward=float(true.mean()), reward_first=float(found.rewards[found.step == 0].mean()), rank_correlation=float(sum(rho)/len(rho)) if rho else float('nan'))
     return out | dict(diversity=diversity(features_of(images).view(-1, self.options.n_noises, 48))) if images.shape[-1] == 32 and self.options.n_noises > 1 else out
 
-# %% ../nbs/09_lasro.ipynb #0053
+# %% ../nbs/09_lasro.ipynb #0054
 @patch
 def prepare(self: LaSRO) -> dict:
     "Stage A: label samples of the untouched model, pre-train the surrogate."
     found, images = self.collect('pretrain', self.options.pretrain_prompts)
     self.buffer.add(found)
-    if not len(self.buffer.winners): log.warning(f'{self.task.reward.name} gives all samples of each prompt the same reward: there is nothing to learn from yet')
+    if self.options.n_noises > 1 and not len(self.buffer.winners): log.warning(f'{self.task.reward.name} gives all samples of each prompt the same reward: there is nothing to learn from yet')
     losses = self.train_surrogate('pretrain', self.options.pretrain_steps)
     return dict(surrogate_loss=sum(losses[-10:])/max(1, len(losses[-10:])), **self.health(found, images), pairs=len(self.buffer.winners), dropped=self.buffer.dropped)
 
-# %% ../nbs/09_lasro.ipynb #0056
+# %% ../nbs/09_lasro.ipynb #0057
 @patch
 def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
     "L(theta) of METHODS 1.4."
@@ -272,7 +279,7 @@ def loss(self: LaSRO, k: int, i: int) -> tuple[torch.Tensor, dict]:
     lcm = self.lcm(k, i)
     return o.c*lcm+reward_loss, row | dict(lcm_loss=lcm.item())
 
-# %% ../nbs/09_lasro.ipynb #0058
+# %% ../nbs/09_lasro.ipynb #0059
 @patch
 def round(self: LaSRO, k: int) -> dict:
     "Stage B, once: generator, collection, surrogate."
@@ -284,14 +291,14 @@ def round(self: LaSRO, k: int) -> dict:
     losses = self.train_surrogate(k, self.options.surrogate_steps, found.prompt.unique())
     return row | dict(surrogate_loss=sum(losses)/max(1, len(losses)))
 
-# %% ../nbs/09_lasro.ipynb #0061
+# %% ../nbs/09_lasro.ipynb #0062
 @patch
 def state(self: LaSRO) -> dict[str, torch.Tensor]:
     out = LCMContinued.state(self) | training_state(self.surrogate, self.surrogate_optimizer, 'surrogate.')
     out |= {f'buffer.{k}': v for k, v in vars(self.buffer.samples).items()}
     return out | {f'normalise.{j}': s.stats for j, s in enumerate(self.normalise) if s.stats is not None}
 
-# %% ../nbs/09_lasro.ipynb #0063
+# %% ../nbs/09_lasro.ipynb #0064
 @patch
 def restore(self: LaSRO, tensors: dict):
     LCMContinued.restore(self, tensors)
@@ -301,19 +308,19 @@ def restore(self: LaSRO, tensors: dict):
     self.buffer.samples.latents = self.buffer.samples.latents.to(self.task.cond.pooled.device)
     for j, s in enumerate(self.normalise): s.stats = tensors.get(f'normalise.{j}')
 
-# %% ../nbs/09_lasro.ipynb #0066
+# %% ../nbs/09_lasro.ipynb #0067
 ARMS = {'base': (LCMContinued, dict(outer_steps=0)), 'lcm_continued': (LCMContinued, {}), 'lasro': (LaSRO, {}),
         'lasro-frozen': (LaSRO, dict(online=False)), 'lasro-onpolicy': (LaSRO, dict(off_policy=False)), 'lasro-second-only': (LaSRO, dict(c1=0.)),
         'lasro-no-lcm': (LaSRO, dict(c=0.)), 'lasro-no-clip': (LaSRO, dict(s_form='none')), 'lasro-detached': (LaSRO, dict(detach=True))}
 NO_REWARD = ('base', 'lcm_continued') # they do not use the reward: one run serves all rewards
 
-# %% ../nbs/09_lasro.ipynb #0067
+# %% ../nbs/09_lasro.ipynb #0068
 def find_arm(name: str) -> tuple: # class, options that differ
     "The arm called `name`."
     if name not in ARMS: raise ValueError(f"unknown arm {name!r}: choose one of {', '.join(ARMS)}")
     return ARMS[name]
 
-# %% ../nbs/09_lasro.ipynb #0070
+# %% ../nbs/09_lasro.ipynb #0071
 @torch.no_grad()
 def probe_pictures(task: Task, n: int, # prompts
                    batch_size: int = 64):
@@ -324,20 +331,76 @@ def probe_pictures(task: Task, n: int, # prompts
     for b in torch.arange(len(index)).split(batch_size):
         yield decode(vae, sample(unet, task.cond[index[b]], noise[b], injected[:, b], task.num_steps).final), [task.texts[i] for i in index[b].tolist()]
 
-# %% ../nbs/09_lasro.ipynb #0072
+# %% ../nbs/09_lasro.ipynb #0073
+def held_out_scores(task: Task, images: torch.Tensor, texts: list[str]) -> torch.Tensor: # (B,), or (0,) where there are none
+    "The held-out reward; none where the task has none, or where it cannot read these prompts."
+    try: return task.held_out(images, texts)[0].float().cpu() if task.held_out else torch.zeros(0)
+    except RewardError: return torch.zeros(0)
+
+# %% ../nbs/09_lasro.ipynb #0075
 PROBE_EVERY = 5 # rounds
 
 @torch.no_grad()
-def probe(task: Task, n: int, batch_size: int = 64) -> dict: # mean true reward of the last step, and FID of so few pictures
+def probe(task: Task, n: int, batch_size: int = 64) -> dict: # mean and deviation of the last step's true reward and of the held-out one; FID of so few pictures
     "Measure the model on `n` training prompts."
-    scores, feats = [], []
+    scores, checks, feats = [], [], []
     for images, texts in probe_pictures(task, n, batch_size):
         scores.append(task.reward(images, texts)[0].float().cpu())
+        checks.append(held_out_scores(task, images, texts))
         if images.shape[-1] == 32: feats.append(features_of(images))
-    out = dict(probe_reward=float(torch.cat(scores).mean()))
+    measured = dict(probe_reward=torch.cat(scores), probe_held_out=torch.cat(checks))
+    out = {k: float(v.mean()) for k, v in measured.items() if len(v)} | {f'{k}_std': float(v.std(correction=0)) for k, v in measured.items() if len(v)}
     return out | dict(probe_fid=fid(*moments(torch.cat(feats).numpy()))) if feats and n > 1 else out
 
-# %% ../nbs/09_lasro.ipynb #0075
+# %% ../nbs/09_lasro.ipynb #0078
+@dataclass(frozen=True)
+class HackingAlarm:
+    "Signs of a hacked reward in the rows of a run; a sign that cannot be read is not given."
+    rounds: int = 8   # that the rank correlation is averaged over
+    rank: float = .1  # its least mean
+    loss: float = 1.2 # of the held-out reward beyond the gain of the trained one, in deviations
+    rise: float = 2.  # of the probe's FID, over the first one
+    def __call__(self, rows: list[dict]) -> dict[str, str]: # sign: what is seen, and what to do
+        probes = [r for r in rows if 'probe_reward' in r] or [{}]
+        seen = dict(rank=self.order_lost(rows), held_out=self.price_paid(probes[0], probes[-1]), fid=self.pictures_spoilt(probes[0], probes[-1]))
+        return {sign: words for sign, words in seen.items() if words}
+
+# %% ../nbs/09_lasro.ipynb #0079
+@patch
+def order_lost(self: HackingAlarm, rows: list[dict]) -> str: # '' where all is well
+    rho = [r['rank_correlation'] for r in rows[1:] if math.isfinite(r.get('rank_correlation', math.nan))][-self.rounds:]
+    if len(rho) < self.rounds or sum(rho)/len(rho) >= self.rank: return ''
+    return f'the surrogate no longer orders fresh samples as the reward does (rank correlation {sum(rho)/len(rho):.2f} over {self.rounds} rounds): train it more (surrogate_steps, collect_prompts) or pull less (c2, lr)'
+
+@patch
+def pictures_spoilt(self: HackingAlarm, first: dict, last: dict) -> str:
+    if 'probe_fid' not in last or last['probe_fid'] <= self.rise*first['probe_fid']: return ''
+    return f"FID rose from {first['probe_fid']:.2f} to {last['probe_fid']:.2f}: pull less (c2, lr) or weigh the LCM loss more (c)"
+
+# %% ../nbs/09_lasro.ipynb #0080
+@patch
+def price_paid(self: HackingAlarm, first: dict, last: dict) -> str:
+    if 'probe_held_out' not in last: return ''
+    won, lost = ((last[k]-first[k])/max(first[f'{k}_std'], 1e-8) for k in ('probe_reward', 'probe_held_out'))
+    if -lost-won <= self.loss: return ''
+    return f'the held-out reward changed by {lost:+.2f} deviations, the trained one by {won:+.2f}: pull less (c2, lr), stop earlier, or train on both rewards'
+
+# %% ../nbs/09_lasro.ipynb #0085
+def note_alarm(rows: list[dict] # the last one is new
+              ):
+    "Write the signs into the last row, and warn of those that were never there before."
+    found, known = HackingAlarm()(rows), ' '.join(r.get('alarm', '') for r in rows[:-1]).split()
+    rows[-1]['alarm'] = ' '.join(found)
+    for sign, words in found.items():
+        if sign not in known: log.warning(f"hacking alarm ({sign}) at update {rows[-1]['step']}: {words}")
+
+# %% ../nbs/09_lasro.ipynb #0086
+def first_alarms(rows: list[dict]) -> dict[str, int]: # sign: update of its first row
+    "When each sign came first."
+    signs = [(sign, r['step']) for r in rows for sign in r.get('alarm', '').split()]
+    return dict(reversed(signs))
+
+# %% ../nbs/09_lasro.ipynb #0089
 def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; None keeps none
           every: int = 8, # rounds between checkpoints
           progress: bool = True) -> list[dict]: # a row of metrics for each round
@@ -349,21 +412,23 @@ def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; 
         if task.reward and o.probe_prompts and (k % PROBE_EVERY == 0 or k == o.outer_steps):
             with task.budget.paused(): row |= probe(task, o.probe_prompts)
         rows.append(dict(step=k*o.generator_steps, **spent, **row))
+        if task.reward: note_alarm(rows)
     if start == 0 and outer_steps: note(0, arm.prepare())
     bar = trange(start, outer_steps, mininterval=10, disable=not progress, desc=type(arm).__name__)
     for k in bar:
         note(k+1, arm.round(k))
         if 'probe_reward' in rows[-1]: bar.set_postfix(reward=f"{rows[-1]['probe_reward']:.3f}")
+        if o.stop_on_alarm and rows[-1].get('alarm'): break
         if folder and (k+1) % every == 0 and k+1 < outer_steps: checkpoint(arm, folder, k+1, rows)
     return rows
 
-# %% ../nbs/09_lasro.ipynb #0077
+# %% ../nbs/09_lasro.ipynb #0091
 def checkpoint(arm, folder: Path, k: int, rows: list[dict]):
     "Write round k; keep this one and the one before."
     save_checkpoint(folder/f'round-{k:05d}.safetensors', arm.state(), round=k, rows=rows, budget=arm.task.budget.state())
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
 
-# %% ../nbs/09_lasro.ipynb #0078
+# %% ../nbs/09_lasro.ipynb #0092
 def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start from, rows so far
     "Restore the newest sound checkpoint; a damaged one is named and passed over."
     for path in sorted(folder.glob('round-*.safetensors'), reverse=True) if folder else []:
@@ -374,7 +439,7 @@ def resume(arm, folder: Path | None) -> tuple[int, list[dict]]: # round to start
         return meta['round'], meta['rows']
     return 0, []
 
-# %% ../nbs/09_lasro.ipynb #0082
+# %% ../nbs/09_lasro.ipynb #0096
 @dataclass(repr=False)
 class Run:
     "A finished fine-tuning: the tuned pipeline, the one it came from, its curve and its cost."
@@ -386,9 +451,10 @@ class Run:
     def __repr__(self):
         r, curve = self.record, self.metrics.get('probe_reward', pd.Series(dtype=float)).dropna()
         gain = f", true reward on training prompts {curve.iloc[0]:.3f} → {curve.iloc[-1]:.3f}" if len(curve) else ''
-        return f"{r['arm']} on {r['reward']}: {len(self.metrics)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}"
+        alarms = ''.join(f', {sign} alarm from update {step}' for sign, step in r.get('alarms', {}).items())
+        return f"{r['arm']} on {r['reward']}: {len(self.metrics)} rounds, {r['reward_calls']:,} reward calls, {r['wall_s']:.0f} s{gain}{alarms}"
 
-# %% ../nbs/09_lasro.ipynb #0083
+# %% ../nbs/09_lasro.ipynb #0097
 @patch
 def before_after(self: Run, prompts: list[str], seed: int = 0):
     "The same prompts and noise before (above) and after (below); returns the figure."
@@ -398,7 +464,7 @@ def before_after(self: Run, prompts: list[str], seed: int = 0):
     with torch.no_grad(): pictures = [decode(p.vae, sample(p.unet, cond, noise, injected, n).final) for p in (self.base, self.pipe)]
     return show_images(torch.cat(pictures), list(prompts)+['']*len(prompts), ncols=len(prompts), scale=1.6)
 
-# %% ../nbs/09_lasro.ipynb #0085
+# %% ../nbs/09_lasro.ipynb #0099
 def read_prompts(prompts # a list, or a text file with one prompt a line
                 ) -> list[str]:
     "Prompts from a list or a file."
@@ -406,7 +472,7 @@ def read_prompts(prompts # a list, or a text file with one prompt a line
     if not Path(prompts).is_file(): raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file with one a line')
     return [line.strip() for line in Path(prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
 
-# %% ../nbs/09_lasro.ipynb #0087
+# %% ../nbs/09_lasro.ipynb #0101
 def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family
              reward_fn, # a name, 'module:function', a callable (images, prompts, metadata) -> rewards, or a Reward
              prompts, # a list of training prompts or a file
@@ -431,12 +497,12 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
     rows = train(cls(task, opts), opts.outer_steps, out/'checkpoints' if out else None)
     return finish(task, pipe, rows, arm, opts, profile, out, before_record)
 
-# %% ../nbs/09_lasro.ipynb #0088
+# %% ../nbs/09_lasro.ipynb #0102
 def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile: str, out: Path | None, before_record=None) -> Run:
     "Save weights, metrics and, last, the record."
     task.pipe.unet.eval().requires_grad_(False)
     record = dict(arm=arm, reward=task.reward.name if task.reward else 'none', num_steps=task.num_steps, seed=task.seed, profile=profile, n_prompts=len(task.texts),
-                  parameters=asdict(opts), environment=environment(), **task.budget.record())
+                  parameters=asdict(opts), environment=environment(), alarms=first_alarms(rows), rounds=max(0, len(rows)-1), **task.budget.record())
     run = Run(task.pipe, base, pd.DataFrame(rows), record, out)
     if before_record: before_record(run)
     if not out: return run
@@ -447,7 +513,23 @@ def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile:
     shutil.rmtree(out/'checkpoints', ignore_errors=True)
     return run
 
-# %% ../nbs/09_lasro.ipynb #0090
+# %% ../nbs/09_lasro.ipynb #0104
+def prompt_kind(reward # a name, 'module:function', a function, or None
+               ) -> str: # one of `KINDS`
+    "The kind of prompts that a reward is asked about."
+    return reward if reward in KINDS else 'attribute'
+
+def train_texts(size, # a Profile
+                kind: str) -> list[str]:
+    "Its training prompts; at most 1,000 where they are not of the kind 'attribute'."
+    return prompts('train', size.train_prompts if kind == 'attribute' else min(1000, size.train_prompts), kind=kind)
+
+# %% ../nbs/09_lasro.ipynb #0106
+def stored_under(arm: str, reward) -> str: # 'none' or the reward's name
+    "The reward that names a run's folder."
+    return 'none' if arm in NO_REWARD and reward in ('none', *SCORED) else load_reward(reward).name
+
+# %% ../nbs/09_lasro.ipynb #0108
 def run_arm(pipe, teacher, # as shipped
             arm: str, reward: str, seed: int, num_steps: int, profile_name: str,
             setting: str = 'default', # name of the folder for `options`
@@ -457,15 +539,20 @@ def run_arm(pipe, teacher, # as shipped
            ) -> tuple[Path, Run | None]: # the folder, and the run if it has been trained now
     "Train and evaluate one run of the shapes world."
     find_arm(arm)
-    folder, texts = run_dir(profile_name, arm, 'none' if arm in NO_REWARD else load_reward(reward).name, num_steps, seed, setting), prompts('train', profile(profile_name).train_prompts)
+    size, name = profile(profile_name), stored_under(arm, reward)
+    folder, texts = run_dir(profile_name, arm, name, num_steps, seed, setting), train_texts(size, prompt_kind(reward))
     if is_finished(folder) and not force: return folder, None
-    def judge(run): evaluate_run(run, profile(profile_name), setting, split)
+    def judge(run): evaluate_run(run, size, setting, split, None if name == 'none' else reward)
     return folder, finetune(pipe, reward, texts, num_steps, folder, arm, teacher, rendered_data(pipe, texts), seed, profile_name, judge, force, **options)
 
-# %% ../nbs/09_lasro.ipynb #0091
+# %% ../nbs/09_lasro.ipynb #0109
 def evaluate_run(run: Run, size, # its Profile
-                 setting: str, split: str):
-    "Protocol of 06_evaluation at 1 and 2 steps, written beside the run's record."
-    start, tests = time.monotonic(), eval_set(run.base, size, split)
-    write_eval(run.out, {n: evaluate(run.pipe.unet, run.base, tests, size, n) for n in (1, 2)})
-    run.record |= dict(setting=setting, split=split, inputs=load_json(ASSETS/'manifest.json'), evaluation_s=round(time.monotonic()-start, 3))
+                 setting: str, split: str,
+                 reward=None # scored beside `SCORED`, on prompts of its kind
+                ):
+    "Protocol of 06_evaluation at 1, 2 and the run's own number of steps, written beside its record."
+    start, tests = time.monotonic(), eval_set(run.base, size, split, prompt_kind(reward))
+    own = None if reward in (None, *SCORED) else load_reward(reward, run.base.device)
+    scored = load_rewards(device=run.base.device) | ({own.name: own} if own else {})
+    write_eval(run.out, {n: evaluate(run.pipe.unet, run.base, tests, size, n, scored) for n in sorted({1, 2, run.record['num_steps']})})
+    run.record |= dict(setting=setting, split=split, reward=own.name if own else run.record['reward'], inputs=load_json(ASSETS/'manifest.json'), evaluation_s=round(time.monotonic()-start, 3))

@@ -1,4 +1,4 @@
-"12_comparison over made-up runs of every arm: what its tables say, and what they say where something is missing."
+"12_comparison over made-up runs of every arm: what its tables say, what they say where something is missing, and the plan behind them."
 import json, os, subprocess, sys, zlib
 
 import numpy as np, pandas as pd
@@ -6,7 +6,7 @@ import pytest, torch
 from conftest import ROOT
 from scipy.stats import ttest_1samp
 
-from lasro.baselines import GRID, tuning
+from lasro.baselines import GRID, PLAN, settings, tuning
 from lasro.core import results_dir, run_dir, save_csv, save_json
 from lasro.evaluation import EvalResult, moments, reference_features, write_eval
 from lasro.finetune import find_arm, make_options
@@ -15,6 +15,7 @@ REWARDS = ('image_reward', 'attribute_binding', 'text_alignment')
 COLUMNS = (*REWARDS, 'attribute_binding_strict', 'clip_score', 'compressibility')
 GAINS = dict(base=0, lcm_continued=.005, lasro=.4, pso=-.01, **{'rlcm': .02, 'rlcm-dropped': .04, 'diffusion_dpo': .06, 'reward_guided': .3}) # of the reward that is trained on
 EVERYWHERE = [arm for arm in GAINS if arm not in ('base', 'lcm_continued')]
+GAINS |= {'lasro-frozen': -.1, 'lasro-second-only': .2}
 ONE_REWARD = dict(gors_lcm='text_alignment', direct='image_reward')
 PROMPTS = 24
 TRL = dict(batch=64, num_steps=2, trl='0.23.1', n=40, lasro_ms=70., trl_ms=100., ratio=.7, ratio_q25=.65, ratio_q75=.75) # what bench/rlcm_trl.py leaves
@@ -22,29 +23,34 @@ TRL = dict(batch=64, num_steps=2, trl='0.23.1', n=40, lasro_ms=70., trl_ms=100.,
 
 def scores(num_steps: int, gain: float, reward: str, rng) -> pd.DataFrame:
     "Two noises a prompt; every arm shares what the prompt and noise give."
-    shared, k = np.random.default_rng(num_steps), np.arange(2*PROMPTS)
+    shared, k = np.random.default_rng(num_steps+100*(reward == 'relation')), np.arange(2*PROMPTS) # its prompts are others
     keys = dict(num_steps=num_steps, split=np.where(k % PROMPTS < PROMPTS//2, 'seen', 'held_out'), prompt=k % PROMPTS, noise=k//PROMPTS)
-    return pd.DataFrame(keys | {c: shared.normal(.5, .1, len(k))+(rng.normal(gain*(c == reward), .005)+rng.normal(0, .02, len(k)) if gain else 0) for c in COLUMNS})
+    columns = COLUMNS if reward in (*COLUMNS, 'none') else (*COLUMNS, reward)
+    return pd.DataFrame(keys | {c: shared.normal(.5, .1, len(k))+(rng.normal(gain*(c == reward), .005)+rng.normal(0, .02, len(k)) if gain else 0) for c in columns})
 
 
 def curve(arm: str, gain: float, rng) -> list[dict]:
-    "30 rounds, every fifth with a probe; lasro rises soon, the others slowly."
+    "30 rounds, every fifth with a probe; lasro rises soon, the others slowly. A surrogate's score rises, fastest when it is frozen."
     if arm in ('base', 'lcm_continued'): return [dict(step=2*k, reward_calls=0, wall_s=2.*k) for k in range(31)]
     rise = lambda k: gain*min(1, k/8 if arm == 'lasro' else k/30)
-    return [dict(step=2*k, reward_calls=330*(k+1), wall_s=5.*k+5+rng.uniform(0, 1), probe_reward='' if k % 5 else .5+rise(k)+rng.normal(0, .002)) for k in range(31)]
+    rows = [dict(step=2*k, reward_calls=330*(k+1), wall_s=5.*k+5+rng.uniform(0, 1), probe_reward='' if k % 5 else .5+rise(k)+rng.normal(0, .002)) for k in range(31)]
+    if not arm.startswith('lasro'): return rows
+    speed, order = (.2, .1) if arm == 'lasro-frozen' else (.05, .6)
+    return [row | dict(surrogate=speed*k+rng.normal(0, .02) if k else '', rank_correlation=order+rng.normal(0, .01)) for k, row in enumerate(rows)]
 
 
-def fake(arm: str, reward: str, seed: int, setting: str = 'default', split: str = 'test', overrides=None):
+def fake(arm: str, reward: str, seed: int, setting: str = 'default', split: str = 'test', overrides=None, num_steps: int = 2):
     "A run folder as 09_lasro and 10_baselines leave it."
-    rng = np.random.default_rng(zlib.crc32(f'{arm} {reward} {seed} {setting}'.encode()))
-    folder, gain = run_dir('lab', arm, reward, 2, seed, setting), GAINS.get(arm, .03)
+    rng = np.random.default_rng(zlib.crc32(f'{arm} {reward} {seed} {setting} {num_steps}'.encode()))
+    folder, gain = run_dir('lab', arm, reward, num_steps, seed, setting), GAINS.get(arm, .03)
     folder.mkdir(parents=True)
     feats = reference_features()*(1+.01*rng.standard_normal(48))
-    results = {n: EvalResult(n, scores(n, gain, reward, rng), *moments(feats), .01, rng.uniform(.5, .6, PROMPTS).astype('f4'), 2048, torch.full((8, 3, 32, 32), .5)) for n in (1, 2)}
+    results = {n: EvalResult(n, scores(n, gain, reward, rng), *moments(feats), .01, rng.uniform(.5, .6, PROMPTS).astype('f4'), 2048, torch.full((8, 3, 32, 32), .5)) for n in sorted({1, 2, num_steps})}
     write_eval(folder, results)
     save_csv(curve(arm, gain, rng), folder/'metrics.csv')
-    none, options = reward == 'none', make_options('lab', find_arm(arm)[0].Options, **find_arm(arm)[1] | (overrides or {}))
-    save_json(dict(arm=arm, reward=reward, num_steps=2, setting=setting, split=split, seed=seed, profile='lab', parameters=vars(options), reward_calls=0 if none else 4128,
+    none, options = arm in ('base', 'lcm_continued'), make_options('lab', find_arm(arm)[0].Options, **find_arm(arm)[1] | (overrides or {}))
+    alarms = dict(alarms=dict(rank=20)) if arm == 'lasro-frozen' else {}
+    save_json(alarms | dict(arm=arm, reward=reward, num_steps=num_steps, setting=setting, split=split, seed=seed, profile='lab', parameters=vars(options), reward_calls=0 if none else 4128,
                    forward_equivalents=1e5, wall_s=60., evaluation_s=20., peak_mb=900., environment=dict(device='a device')), folder/'run.json')
 
 
@@ -58,9 +64,9 @@ def time_alone(arm: str, reward: str, lr: float):
     save_json(record | dict(evaluation_s=7., steps=dict(step=list(range(0, 61, 10)), wall_s=[float(k) for k in range(0, 61, 10)])), results_dir('lab')/'bench'/f'alone-{arm}-{reward}.json')
 
 
-def draw(results, out) -> subprocess.Popen:
-    "12_comparison as the batch starts it."
-    command = [sys.executable, ROOT/'workflow'/'run.py', ROOT/'nbs'/'12_comparison.ipynb', out/'12.ipynb', '-p', 'PROFILE', 'lab', '-p', 'OUT', out]
+def draw(results, out, notebook='12_comparison') -> subprocess.Popen:
+    "A drawing notebook as the batch starts it."
+    command = [sys.executable, ROOT/'workflow'/'run.py', ROOT/'nbs'/f'{notebook}.ipynb', out/f'{notebook[:2]}.ipynb', '-p', 'PROFILE', 'lab', '-p', 'OUT', out]
     return subprocess.Popen(list(map(str, command)), env={**os.environ, 'LASRO_RESULTS': str(results)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -73,12 +79,13 @@ def drawn(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv('LASRO_RESULTS', str(results))
             every = name == 'all'
-            fake('base', 'none', 0)
+            for reward in 'none', 'relation': fake('base', reward, 0) # the second is of other prompts
             for seed in range(3): fake('lcm_continued', 'none', seed)
             for seed in range(3): [fake(arm, r, seed) for arm in (EVERYWHERE if every else ['lasro']) for r in (REWARDS if every else REWARDS[1:2])]
             for arm, reward in ONE_REWARD.items() if every else (): [fake(arm, reward, seed) for seed in range(2)]
-            for arm, settings in GRID.items() if every else ():
-                for i in range(len(settings)): fake(arm, 'image_reward' if arm == 'direct' else 'attribute_binding', 0, f'tune-{i}', 'validation', tuning(arm, i, 'lab'))
+            for arm, _, _, setting in PLAN['ablations'] if every else (): [fake(arm, 'attribute_binding', seed, setting, overrides=settings('lab').get(setting)) for seed in range(3)]
+            for arm, tries in GRID.items() if every else ():
+                for i in range(len(tries)): fake(arm, 'image_reward' if arm == 'direct' else 'attribute_binding', 0, f'tune-{i}', 'validation', tuning(arm, i, 'lab'))
             if every:
                 for arm in EVERYWHERE: time_alone(arm, 'attribute_binding', find_lr(arm))
                 for arm in EVERYWHERE: time_alone(arm, 'text_alignment', .5 if arm == 'pso' else find_lr(arm)) # that of pso is of a setting that no run has
@@ -154,10 +161,39 @@ def test_the_ratio_is_told_from_the_table(drawn):
 def test_every_setting_that_was_tried_is_listed(drawn):
     t = table(drawn[0], 'tab_tuning')
     assert list(t.columns) == 'arm reward setting overrides mean ci_low ci_high reward_calls wall_s chosen'.split()
-    for arm, settings in GRID.items():
+    for arm, tries in GRID.items():
         rows = t[t.arm == arm]
-        assert [json.loads(o) for o in rows.overrides] == list(settings) and rows.chosen.sum() == 1
+        assert [json.loads(o) for o in rows.overrides] == list(tries) and rows.chosen.sum() == 1
     assert not (drawn[1]/'tab_tuning.csv').exists()
+
+
+def test_ablations(drawn):
+    t = table(drawn[0], 'tab_ablations')
+    assert list(t.columns[:4]) == ['reward', 'arm', 'setting', 'overrides'] and list(zip(t.arm, t.setting)) == [('lasro', 'default')]+[(arm, setting) for arm, _, _, setting in PLAN['ablations']]
+    for row in t.iloc[1:].itertuples():
+        changed = find_arm(row.arm)[1] | settings('lab').get(row.setting, {})
+        assert json.loads(row.overrides) == {k: v for k, v in changed.items() if v != getattr(make_options('lab'), k)}
+        assert row.verdict == {True: 'below lasro', False: 'above lasro'}[row.diff_lasro_ci_high < 0] if row.diff_lasro_ci_low*row.diff_lasro_ci_high > 0 else row.verdict == 'not told apart from lasro'
+    frozen = t.set_index('arm').loc['lasro-frozen']
+    assert frozen.verdict == 'below lasro' and frozen.n_seeds == 3 and frozen.alarms == 'rank 3 of 3' and np.isclose(frozen.rank_correlation, .1, atol=.02)
+    assert np.isclose(frozen.diff_vs_lasro, frozen['mean']-t['mean'][0]) and frozen.p_vs_lasro < .05
+    assert not (drawn[1]/'tab_ablations.csv').exists()
+
+
+def test_hacking(drawn):
+    t = table(drawn[0], 'fig_hacking')
+    assert set(t.arm) == {'lasro', 'lasro-frozen'} and (t.n == 3).all() and {'ci_low', 'ci_high'} <= set(t.columns)
+    ends = t.groupby(['quantity', 'arm'])['mean'].last()
+    assert ends["surrogate's own score", 'lasro-frozen'] > ends["surrogate's own score", 'lasro'] and ends['true reward', 'lasro-frozen'] < ends['true reward', 'lasro']
+    title = (drawn[0].parent/'figures'/'fig_hacking.svg').read_text()
+    assert 'own score rises' in title and 'the true reward falls' in title and 'below the online one by' in title
+    assert not (drawn[1]/'fig_hacking.csv').exists()
+
+
+def test_runs_of_further_rewards_are_not_compared_here(drawn):
+    t = table(drawn[1], 'tab_main').query("arm == 'base' and num_steps == 2 and split == 'all'")
+    scores = pd.read_csv(drawn[1].parents[1]/'lab'/'runs'/'base'/'none'/'steps-2'/'default'/'seed-0'/'eval.csv.gz').query('num_steps == 2')
+    assert np.isclose(float(t['mean'].iloc[0]), scores.attribute_binding.mean())
 
 
 def test_three_arms_alone(drawn):
@@ -177,9 +213,24 @@ def test_the_frozen_settings_are_the_best_that_were_tried():
     assert best.chosen.all(), f'not the best of their tries: {list(best.arm[~best.chosen])}'
 
 
-@pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3), ('tuning', sum(map(len, GRID.values())))]) # six baselines have three rewards and three seeds, direct has one reward
-def test_the_plan_has_every_run(tmp_path, target, runs):
-    command = [sys.executable, '-m', 'snakemake', target, '-n', '-q', 'rules', '-s', ROOT/'workflow'/'Snakefile', '--cores', '1', '--nolock', '--config', 'profile=lab']
-    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'LASRO_RESULTS': str(tmp_path)})
+def dry_run(target: str, cwd, *options) -> str:
+    command = [sys.executable, '-m', 'snakemake', target, '-n', *options, '-s', ROOT/'workflow'/'Snakefile', '--cores', '1', '--nolock', '--config', 'profile=lab']
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, env={**os.environ, 'LASRO_RESULTS': str(cwd)})
     assert found.returncode == 0, found.stderr
-    assert ['run', str(runs)] in [line.split() for line in (found.stdout+found.stderr).splitlines()]
+    return found.stdout+found.stderr
+
+
+@pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3), ('tuning', sum(map(len, GRID.values()))), # six baselines have three rewards and three seeds, direct has one reward
+                                          ('ablations', 3*(6+8)), ('questions', 3*5+3*(1+3+3)), ('rewards', 6*3*3+2*3+5)])
+def test_the_plan_has_every_run(tmp_path, target, runs):
+    assert ['run', str(runs)] in [line.split() for line in dry_run(target, tmp_path, '-q', 'rules').splitlines()]
+
+
+def test_a_planned_run_gets_its_overrides_and_its_reward(tmp_path):
+    commands = {line for target in ('questions', 'rewards') for line in dry_run(target, tmp_path, '-p').splitlines() if 'run.py' in line}
+    one = [c for c in commands if '-p SETTING ns-1 ' in c]
+    assert len(one) == 3 and all('"n_noises": 1' in c and '"pretrain_prompts": 900' in c and '-p SPLIT test' in c for c in one)
+    three = [c for c in commands if '-p SETTING equal-calls ' in c and '-p NUM_STEPS 3 ' in c]
+    assert len(three) == 3 and all('"pretrain_prompts": 108' in c for c in three)
+    own = [c for c in commands if '-p REWARD my_reward:free_margin ' in c]
+    assert {c.split('-p ARM ')[1].split()[0] for c in own} == {'base', 'lasro', 'gors_lcm', 'rlcm-dropped'}

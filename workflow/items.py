@@ -10,6 +10,13 @@ ITEMS = (
     ('fig_grid_{reward}', '12_comparison', 'the same prompts and noise before and after each arm'),
     ('tab_headroom_won', '12_comparison', 'how much of the way from the two-step student to its teacher LaSRO goes'),
     ('tab_cost', '12_comparison', 'wall-clock, memory, reward calls and generator passes'),
+    ('tab_ablations', '12_comparison', 'LaSRO with one thing changed: which part does what'),
+    ('fig_hacking', '12_comparison', 'a frozen surrogate against an online one: its own score and the true reward'),
+    ('tab_ns', '13_questions', 'N_s of 1, 2, 4, 6, 8, 16 at equal reward calls'),
+    ('tab_steps', '13_questions', 'training and evaluation at 1, 2, 3 and 4 steps'),
+    ('fig_value', '13_questions', 'the surrogate of z1 against the label of z1 and against its value, by reward and by loss'),
+    ('tab_rewards', '13_questions', 'further rewards: relation, count, file size, a sum of two, a user\'s own'),
+    ('tab_claims', '13_questions', 'each claim of the paper: statistic, interval, verdict, notebook'),
 )
 
 

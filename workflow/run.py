@@ -1,5 +1,5 @@
 "Run one notebook by papermill: python workflow/run.py NOTEBOOK OUT [-p NAME VALUE]...; a name that the notebook does not know is refused."
-import argparse, difflib, sys, warnings
+import argparse, difflib, os, sys, warnings
 from pathlib import Path
 
 import papermill
@@ -25,6 +25,7 @@ def run(notebook: Path, out: Path, # where the executed copy goes
     if not notebook.exists(): raise FileNotFoundError(f'there is no notebook {notebook}')
     check_parameters(notebook, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')])) # a reward may be named as my_reward:free_margin
     papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, stdout_file=Printed(out.stem), stderr_file=Printed(out.stem))
 
 
