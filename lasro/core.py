@@ -24,13 +24,13 @@ class Profile:
     name: str
     n_seeds: int = 5            # training seeds of the main arms
     train_prompts: int = 2000   # prompts the generator is trained on
-    pretrain_prompts: int = 150 # of those, sampled to pre-train the surrogate
+    pretrain_prompts: int = 70  # of those, sampled to pre-train the surrogate
     n_noises: int = 6           # N_s, initial noises a prompt and visit
-    pretrain_steps: int = 100   # Bradley-Terry steps before the generator moves
+    pretrain_steps: int = 60    # Bradley-Terry steps before the generator moves
     outer_steps: int = 20       # rounds of generator, collection, surrogate
     generator_steps: int = 2    # K1
-    surrogate_steps: int = 4    # K2
-    collect_prompts: int = 8    # prompts labelled again in a round
+    surrogate_steps: int = 6    # K2
+    collect_prompts: int = 12   # prompts labelled again in a round
     batch_size: int = 64        # samples in a generator step
     probe_prompts: int = 256    # training prompts that draw the curve
     eval_prompts: int = 256     # test prompts, half seen and half held-out
@@ -40,7 +40,8 @@ class Profile:
 PROFILES = {p.name: p for p in (
     Profile('smoke', n_seeds=1, train_prompts=64, pretrain_prompts=4, n_noises=3, pretrain_steps=3, outer_steps=2, generator_steps=1, surrogate_steps=1,
             collect_prompts=2, batch_size=4, probe_prompts=4, eval_prompts=16, eval_noises=4, scored_noises=1),
-    Profile('quick', n_seeds=1), Profile('lab'))}
+    Profile('quick', n_seeds=1), Profile('lab'),
+    Profile('sdxl', n_seeds=1, train_prompts=4000, pretrain_prompts=128, pretrain_steps=400, outer_steps=60, batch_size=16, probe_prompts=32, eval_prompts=300, eval_noises=10, scored_noises=10))}
 
 # %% ../nbs/00_core.ipynb #0006
 def profile(name: str # one of `PROFILES`

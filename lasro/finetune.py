@@ -29,7 +29,7 @@ from .core import ASSETS, check_writable, environment, generator, is_finished, l
 from .distill import DISTILL_GUIDANCE, LEFT_OUT, lcm_loss
 from .evaluation import SCORED, Budget, diversity, eval_set, evaluate, features_of, fid, load_rewards, moments, write_eval
 from .exploration import Labelled, ReplayBuffer, explore, vae_latent_shape
-from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, load_checkpoint, load_teacher, restore_training_state, save_checkpoint, save_lora, save_module, training_state
+from .models import Conditioning, add_lora, decode, encode_images, encode_prompts, gathered, load_checkpoint, load_teacher, restore_training_state, save_checkpoint, save_lora, save_weights, training_state
 from .rewards import RewardError, load_reward
 from .sampling import draw_noise, sample
 from .shapes import KINDS, leave_out, prompts, render, scenes_of, show_images
@@ -61,11 +61,11 @@ class Options:
     lr: float = 1e-4              # generator
     warmup: int = 8               # updates in which its rate rises
     surrogate_lr: float = 5e-4
-    backbone: str = 'unet'        # of the surrogate; 'clip' and 'blip' are what the paper compares it with
-    whole: bool = True            # the teacher's whole UNet, not its down and mid blocks (stated) only
+    backbone: str = 'unet-whole'  # of the surrogate: the teacher's whole UNet; 'unet', its down and mid blocks (stated); 'clip' or 'blip'
+    surrogate_rank: int = 0       # 0 tunes a copy of the teacher; else the surrogate is the teacher with an adapter
     groups: int = 8               # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
-    across: bool = True           # compare also across prompts, not only within a prompt
+    pairs: str = 'all'            # compare within a prompt and step ('within'), across 'prompts', or 'all': across steps too
     lcm_batch: int = 48           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
     c1: float = .02               # weight of the reward after each step but the last
@@ -80,6 +80,7 @@ class Options:
     buffer: int = 4096            # labelled latents kept
     probe_prompts: int = 256      # scored every 5 rounds to draw the curve; 0 draws none
     stop_on_alarm: bool = False   # end the run at the first sign of a hacked reward
+    sample_batch: int = 0         # samples made at once where nothing is learnt; 0: all, in the curve 64
 
 # %% ../nbs/09_lasro.ipynb #0014
 def make_options(profile_name: str, kind: type = Options, # of the arm
@@ -102,8 +103,10 @@ class Task:
     data: tuple[torch.Tensor, torch.Tensor] # clean latents (M, 4, h, w) for the LCM loss, and the prompt of each (M,)
     num_steps: int
     seed: int
-    held_out: object = None # a Reward that is only watched
+    held_out: object = None         # a Reward that is only watched
+    guidance_scale: float = DISTILL_GUIDANCE # the teacher's in the LCM loss
     budget: Budget = field(default_factory=Budget)
+    writes: bool = True             # False: another process of the same run keeps the files
     def stream(self, *names): return generator(self.seed, *names)
     @property
     def params(self): return [p for p in self.pipe.unet.parameters() if p.requires_grad]
@@ -159,7 +162,7 @@ def lcm(self: LCMContinued, k: int, i: int) -> torch.Tensor:
     rows = torch.randint(len(t.data[0]), (n,), generator=g)
     t.budget.forward(n, backward=True)
     t.budget.forward(3*n)
-    return lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, t.data[0][rows], t.cond[t.data[1][rows]], DISTILL_GUIDANCE, g)
+    return lcm_loss(t.pipe.unet, t.pipe.unet, t.teacher, t.data[0][rows], t.cond[t.data[1][rows]], t.guidance_scale, g)
 
 # %% ../nbs/09_lasro.ipynb #0031
 def falling_rate(o: Options, k: int, i: int) -> float:
@@ -175,7 +178,7 @@ def update(self: LCMContinued, k: int, i: int) -> dict: # numbers to log
     loss, row = self.loss(k, i)
     self.optimizer.zero_grad()
     loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(self.task.params, self.options.max_norm))
+    norm = float(gathered(nn.utils.clip_grad_norm_(self.task.params, self.options.max_norm)))
     if math.isfinite(norm): self.optimizer.step(); self.skipped = 0
     else: self.skipped += 1
     if self.skipped == 5: raise FloatingPointError(f'the gradient was not finite in 5 updates in a row (round {k}): lower lr or c1 and c2')
@@ -194,9 +197,8 @@ class LaSRO(LCMContinued):
     def __init__(self, task: Task, options: Options):
         super().__init__(task, options)
         torch.manual_seed(task.seed) # the head's initial weights
-        name = 'unet-whole' if options.backbone == 'unet' and options.whole else options.backbone
-        self.share = .5 if name == 'unet' else 1. # of a UNet pass; decoder and vision tower take as long as a whole UNet (tab_backbones)
-        self.surrogate = make_surrogate(name, task.teacher, task.pipe.vae).to(task.cond.pooled.device)
+        self.share = .5 if options.backbone == 'unet' else 1. # of a UNet pass; decoder and vision tower take as long as a whole UNet (tab_backbones)
+        self.surrogate = make_surrogate(options.backbone, task.teacher, task.pipe.vae, lora_rank=options.surrogate_rank).to(task.cond.pooled.device)
         self.surrogate_optimizer = torch.optim.AdamW(self.surrogate.parameters(), options.surrogate_lr, betas=(.9, .99))
         self.buffer = ReplayBuffer(options.buffer, options.min_gap)
         self.normalise = [ScoreNormaliser(options.s_form) for _ in range(task.num_steps)]
@@ -209,7 +211,7 @@ def collect(self: LaSRO, name, n_prompts: int) -> tuple[Labelled, torch.Tensor]:
     g = t.stream('collect', name)
     known = torch.arange(len(t.texts)) if self.buffer.samples is None else self.buffer.samples.prompt.unique()
     prompt = known[torch.randperm(len(known), generator=g)[:n_prompts]]
-    found, images = explore(t.pipe.unet, t.pipe.vae, t.cond, t.texts, prompt, t.reward, o.n_noises, g, t.num_steps, o.off_policy)
+    found, images = explore(t.pipe.unet, t.pipe.vae, t.cond, t.texts, prompt, t.reward, o.n_noises, g, t.num_steps, o.off_policy, o.sample_batch)
     t.budget.reward(len(found))
     t.budget.forward(len(found))
     return found, images
@@ -221,7 +223,7 @@ def train_surrogate(self: LaSRO, name, steps: int, prompts: torch.Tensor | None 
     losses, s, o = [], self.buffer.samples, self.options
     for i in range(steps):
         g = self.task.stream('surrogate', name, i)
-        rows, *pairs = self.buffer.draw(o.groups, o.n_noises if o.across else max(2, o.n_noises), g, prompts, o.across)
+        rows, *pairs = self.buffer.draw(o.groups, max(2, o.n_noises) if o.pairs == 'within' else o.n_noises, g, prompts, o.pairs)
         if not len(pairs[0]): continue # nothing to compare
         z = octave_noise(s.latents[rows], o.smooth, g)
         losses.append(surrogate_step(self.surrogate, self.surrogate_optimizer, z, self.task.cond[s.prompt[rows]], *pairs))
@@ -410,7 +412,7 @@ def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; 
     def note(k, row):
         spent = {name: task.budget.record()[name] for name in ('reward_calls', 'forward_equivalents', 'wall_s')}
         if task.reward and o.probe_prompts and (k % PROBE_EVERY == 0 or k == o.outer_steps):
-            with task.budget.paused(): row |= probe(task, o.probe_prompts)
+            with task.budget.paused(): row |= probe(task, o.probe_prompts, o.sample_batch or 64)
         rows.append(dict(step=k*o.generator_steps, **spent, **row))
         if task.reward: note_alarm(rows)
     if start == 0 and outer_steps: note(0, arm.prepare())
@@ -425,7 +427,9 @@ def train(arm, outer_steps: int, folder: Path | None = None, # for checkpoints; 
 # %% ../nbs/09_lasro.ipynb #0091
 def checkpoint(arm, folder: Path, k: int, rows: list[dict]):
     "Write round k; keep this one and the one before."
-    save_checkpoint(folder/f'round-{k:05d}.safetensors', arm.state(), round=k, rows=rows, budget=arm.task.budget.state())
+    tensors = {name: gathered(v) for name, v in arm.state().items()} # of all processes, where weights are shared out
+    if not arm.task.writes: return
+    save_checkpoint(folder/f'round-{k:05d}.safetensors', tensors, round=k, rows=rows, budget=arm.task.budget.state())
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
 
 # %% ../nbs/09_lasro.ipynb #0092
@@ -501,12 +505,13 @@ def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL fam
 def finish(task: Task, base, rows: list[dict], arm: str, opts: Options, profile: str, out: Path | None, before_record=None) -> Run:
     "Save weights, metrics and, last, the record."
     task.pipe.unet.eval().requires_grad_(False)
+    weights = {} if opts.lora_rank or not out else {k: gathered(v) for k, v in task.pipe.unet.state_dict().items()}
     record = dict(arm=arm, reward=task.reward.name if task.reward else 'none', num_steps=task.num_steps, seed=task.seed, profile=profile, n_prompts=len(task.texts),
                   parameters=asdict(opts), environment=environment(), alarms=first_alarms(rows), rounds=max(0, len(rows)-1), **task.budget.record())
     run = Run(task.pipe, base, pd.DataFrame(rows), record, out)
     if before_record: before_record(run)
-    if not out: return run
-    save_lora(task.pipe, out/'lora') if opts.lora_rank else save_module(task.pipe.unet, out/'unet.safetensors')
+    if not out or not task.writes: return run
+    save_lora(task.pipe, out/'lora') if opts.lora_rank else save_weights(weights, out/'unet.safetensors')
     columns = list(dict.fromkeys(k for r in rows for k in r))
     save_csv([{k: (f'{r[k]:.5g}' if isinstance(r.get(k), float) else r.get(k, '')) for k in columns} for r in rows] or [dict(step=0)], out/'metrics.csv')
     save_json(run.record, out/'run.json')

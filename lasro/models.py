@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'LORA_TARGETS', 'learn_bpe', 'build_tokenizer', 'build_towers', 'build_vae', 'build_unet', 'assemble',
-           'conv_block', 'PreferenceModel', 'FeatureNet', 'write_manifest', 'check_manifest', 'save_module',
-           'load_module', 'load_pipeline', 'load_teacher', 'check_prompts', 'Conditioning', 'encode_prompts',
-           'predict_noise', 'decode', 'encode_images', 'add_lora', 'adapters_off', 'save_lora', 'save_checkpoint',
-           'load_checkpoint', 'training_state', 'restore_training_state']
+           'conv_block', 'PreferenceModel', 'FeatureNet', 'write_manifest', 'check_manifest', 'save_weights',
+           'save_module', 'load_module', 'load_pipeline', 'load_teacher', 'check_prompts', 'Conditioning',
+           'encode_prompts', 'guidance_embedding', 'predict_noise', 'size_ids', 'guidance_condition', 'decode',
+           'encode_images', 'add_lora', 'adapters_off', 'adapter_layers', 'switch_adapters', 'adapters_on', 'save_lora',
+           'save_checkpoint', 'load_checkpoint', 'training_state', 'gathered', 'shared_as', 'restore_training_state']
 
 # %% ../nbs/02_models.ipynb #0003
-import hashlib, json
+import hashlib, json, math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
@@ -146,9 +149,13 @@ def check_manifest(folder: Path):
         if found != expected: raise OSError(f'{name} is damaged: expected sha256 {expected}, found {found}; reinstall lasro or run `make retrain`')
 
 # %% ../nbs/02_models.ipynb #0036
+def save_weights(weights: dict[str, torch.Tensor], path: Path, dtype=torch.float16):
+    "Write named weights to `path`, atomically."
+    with atomic_path(path) as tmp: save_file({k: v.detach().to('cpu', dtype).contiguous() for k, v in weights.items()}, tmp)
+
 def save_module(module: nn.Module, path: Path, dtype=torch.float16):
     "Write a module's weights to `path`, atomically."
-    with atomic_path(path) as tmp: save_file({k: v.detach().to('cpu', dtype).contiguous() for k, v in module.state_dict().items()}, tmp)
+    save_weights(module.state_dict(), path, dtype)
 
 def load_module(module: nn.Module, path: Path) -> nn.Module:
     "Load what `save_module` wrote; the module is returned frozen."
@@ -190,46 +197,72 @@ class Conditioning:
     "Encoded prompts; index and concatenate like a tensor."
     prompt_embeds: torch.Tensor # (B, tokens, width), both towers' penultimate states side by side
     pooled: torch.Tensor        # (B, width of the second tower's projection)
+    time_ids: torch.Tensor | None = None # (B, 6), the sizes that SDXL is told; None tells it the latents' own, at four pixels a latent
+    guidance: torch.Tensor | None = None # (B,), the guidance scale, for a UNet that embeds it
     def __len__(self): return len(self.pooled)
-    def __getitem__(self, i): return Conditioning(self.prompt_embeds[i], self.pooled[i])
-    def zeros(self): return Conditioning(torch.zeros_like(self.prompt_embeds), torch.zeros_like(self.pooled))
-    def to(self, *args, **kwargs): return Conditioning(self.prompt_embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+    def each(self, f): return Conditioning(*(None if v is None else f(v) for v in vars(self).values()))
+    def __getitem__(self, i): return self.each(lambda v: v[i])
+    def zeros(self): return replace(self, prompt_embeds=torch.zeros_like(self.prompt_embeds), pooled=torch.zeros_like(self.pooled))
+    def to(self, *args, **kwargs): return self.each(lambda v: v.to(*args, **kwargs))
     @staticmethod
-    def cat(parts): return Conditioning(torch.cat([p.prompt_embeds for p in parts]), torch.cat([p.pooled for p in parts]))
+    def cat(parts): return Conditioning(*(None if vs[0] is None else torch.cat(vs) for vs in zip(*(vars(p).values() for p in parts))))
 
 # %% ../nbs/02_models.ipynb #0047
 @torch.no_grad()
-def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], batch_size: int = 256) -> Conditioning:
-    "The conditioning of each prompt, by the pipeline's own `encode_prompt`; refuses what cannot be read."
+def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], batch_size: int = 256,
+                   guidance_scale: float | None = None # told to a UNet that embeds it
+                  ) -> Conditioning:
+    "The conditioning of each prompt, by the pipeline's own `encode_prompt`, and the native size; refuses what cannot be read."
     check_prompts(prompts, pipe.tokenizer)
     parts = [pipe.encode_prompt(prompts[i:i+batch_size], device=pipe.device, do_classifier_free_guidance=False) for i in range(0, len(prompts), batch_size)]
-    return Conditioning.cat([Conditioning(p[0], p[2]) for p in parts])
+    embeds, pooled = (torch.cat([p[i] for p in parts]) for i in (0, 2))
+    size = pipe.vae_scale_factor*pipe.unet.config.sample_size
+    time_ids = pooled.new_tensor([size, size, 0, 0, size, size], dtype=torch.float32).expand(len(pooled), 6)
+    return Conditioning(embeds, pooled, time_ids, None if guidance_scale is None else time_ids.new_full((len(pooled),), guidance_scale))
 
 # %% ../nbs/02_models.ipynb #0050
+def guidance_embedding(guidance_scale: torch.Tensor, # (B,)
+                       dim: int # the UNet's `time_cond_proj_dim`
+                      ) -> torch.Tensor: # (B, dim)
+    "The embedding of METHODS 2.2, as `get_guidance_scale_embedding` of diffusers makes it."
+    half = dim//2
+    omega = torch.exp(torch.arange(half, device=guidance_scale.device)*-(math.log(10000)/(half-1)))
+    angles = 1000*(guidance_scale.float()-1)[:, None]*omega
+    return torch.cat([angles.sin(), angles.cos()], 1).to(guidance_scale.dtype)
+
+# %% ../nbs/02_models.ipynb #0053
 def predict_noise(unet: UNet2DConditionModel, latents: torch.Tensor, # (B, 4, h, w)
                   timesteps, # int or (B,), 0 to 999
                   cond: Conditioning, scale_factor: int = 4 # pixels a latent
                  ) -> torch.Tensor: # (B, 4, h, w)
     "The noise that the UNet sees in `latents`."
-    h, w = (scale_factor*s for s in latents.shape[-2:])
-    time_ids = latents.new_tensor([h, w, 0, 0, h, w]).expand(len(latents), 6)
-    return unet(latents, timesteps, cond.prompt_embeds, added_cond_kwargs=dict(text_embeds=cond.pooled, time_ids=time_ids)).sample
+    added = dict(text_embeds=cond.pooled, time_ids=size_ids(latents, scale_factor) if cond.time_ids is None else cond.time_ids)
+    return unet(latents, timesteps, cond.prompt_embeds, timestep_cond=guidance_condition(unet, cond), added_cond_kwargs=added).sample
 
-# %% ../nbs/02_models.ipynb #0052
+def size_ids(latents: torch.Tensor, scale_factor: int = 4) -> torch.Tensor: # (B, 6)
+    h, w = (scale_factor*s for s in latents.shape[-2:])
+    return latents.new_tensor([h, w, 0, 0, h, w]).expand(len(latents), 6)
+
+def guidance_condition(unet, cond: Conditioning) -> torch.Tensor | None: # (B, dim), for a UNet that takes it
+    dim = unet.config.time_cond_proj_dim
+    if dim and cond.guidance is None: raise ValueError('this UNet embeds the guidance scale: encode the prompts with one, e.g. encode_prompts(pipe, prompts, guidance_scale=8.)')
+    return guidance_embedding(cond.guidance, dim) if dim else None
+
+# %% ../nbs/02_models.ipynb #0056
 def decode(vae: AutoencoderKL, latents: torch.Tensor, # (B, 4, h, w), scaled
            batch_size: int = 128) -> torch.Tensor: # (B, 3, H, W) in [0, 1]
     "Pictures of `latents`; differentiable unless called under `no_grad`."
     parts = [vae.decode(z/vae.config.scaling_factor).sample for z in latents.to(vae.dtype).split(batch_size)]
     return (torch.cat(parts).float()/2+.5).clamp(0, 1)
 
-# %% ../nbs/02_models.ipynb #0054
+# %% ../nbs/02_models.ipynb #0058
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: torch.Tensor, # (B, 3, H, W) in [0, 1]
                   batch_size: int = 128) -> torch.Tensor: # (B, 4, h, w), scaled
     "The most likely latents of pictures."
     return torch.cat([vae.encode((x*2-1).to(vae.dtype)).latent_dist.mode() for x in images.split(batch_size)])*vae.config.scaling_factor
 
-# %% ../nbs/02_models.ipynb #0057
+# %% ../nbs/02_models.ipynb #0061
 LORA_TARGETS = ('to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2', 'conv_shortcut', 'downsamplers.0.conv', 'upsamplers.0.conv', 'time_emb_proj')
 
 def add_lora(unet: UNet2DConditionModel, rank: int = 16, alpha: int | None = None # None takes the rank
@@ -237,9 +270,11 @@ def add_lora(unet: UNet2DConditionModel, rank: int = 16, alpha: int | None = Non
     "Freeze `unet`, add a LoRA adapter and return its parameters."
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(LORA_TARGETS), init_lora_weights=True))
-    return [p for p in unet.parameters() if p.requires_grad]
+    params = [p for p in unet.parameters() if p.requires_grad]
+    for p in params: p.data = p.data.float() # on a frozen half-precision UNet too
+    return params
 
-# %% ../nbs/02_models.ipynb #0059
+# %% ../nbs/02_models.ipynb #0063
 @contextmanager
 def adapters_off(unet):
     "The UNet without its adapters, inside the block."
@@ -247,12 +282,28 @@ def adapters_off(unet):
     try: yield unet
     finally: unet.enable_adapters()
 
-# %% ../nbs/02_models.ipynb #0061
+# %% ../nbs/02_models.ipynb #0066
+def adapter_layers(unet) -> list: return [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+
+def switch_adapters(unet, on: bool):
+    "Switch all adapters of a module on or off."
+    for layer in adapter_layers(unet): layer._disable_adapters = not on
+
+@contextmanager
+def adapters_on(unet):
+    "The UNet with its adapters, inside the block; afterwards they are as they were."
+    before = [(layer, layer._disable_adapters) for layer in adapter_layers(unet)]
+    switch_adapters(unet, True)
+    try: yield unet
+    finally:
+        for layer, off in before: layer._disable_adapters = off
+
+# %% ../nbs/02_models.ipynb #0068
 def save_lora(pipe: StableDiffusionXLPipeline, folder: Path | str):
     "Write the UNet's adapter in the format that `load_lora_weights` of stock diffusers reads."
     pipe.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet), safe_serialization=True)
 
-# %% ../nbs/02_models.ipynb #0064
+# %% ../nbs/02_models.ipynb #0071
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], **meta):
     "Write tensors and JSON-able `meta` to one file, atomically, with a checksum."
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -263,7 +314,7 @@ def _checksum(tensors):
     for k in sorted(tensors): digest.update(k.encode()); digest.update(tensors[k].numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/02_models.ipynb #0065
+# %% ../nbs/02_models.ipynb #0072
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]: # tensors, meta
     "Read what `save_checkpoint` wrote; an `OSError` names a damaged file."
     try:
@@ -274,20 +325,29 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]: # tenso
     if not sound: raise OSError(f'{path} is damaged: its checksum does not match')
     return tensors, meta
 
-# %% ../nbs/02_models.ipynb #0067
+# %% ../nbs/02_models.ipynb #0074
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer, prefix: str = '') -> dict[str, torch.Tensor]:
     "All trainable weights and the optimiser's moments, as one flat dict."
     out = {f'{prefix}weight.{n}': p for n, p in module.named_parameters() if p.requires_grad}
     for i, s in optimizer.state_dict()['state'].items(): out |= {f'{prefix}optimizer.{i}.{k}': torch.as_tensor(v) for k, v in s.items()}
     return out
 
-# %% ../nbs/02_models.ipynb #0069
+# %% ../nbs/02_models.ipynb #0077
+def gathered(v: torch.Tensor) -> torch.Tensor:
+    "The whole of a tensor that is shared out over processes; any other as it is."
+    return v.full_tensor() if isinstance(v, DTensor) else v
+
+def shared_as(v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    "`v` shared out over processes as `p` is."
+    return distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
+
+# %% ../nbs/02_models.ipynb #0079
 def restore_training_state(tensors: dict[str, torch.Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, prefix: str = ''):
     "Undo `training_state`."
     with torch.no_grad():
         for n, p in module.named_parameters():
-            if p.requires_grad: p.copy_(tensors[f'{prefix}weight.{n}'])
-    state, start = {}, f'{prefix}optimizer.'
+            if p.requires_grad: p.copy_(shared_as(tensors[f'{prefix}weight.{n}'], p))
+    state, start, params = {}, f'{prefix}optimizer.', [p for group in optimizer.param_groups for p in group['params']]
     for k, v in tensors.items():
-        if k.startswith(start): i, name = k[len(start):].split('.'); state.setdefault(int(i), {})[name] = v.clone()
+        if k.startswith(start): i, name = k[len(start):].split('.'); state.setdefault(int(i), {})[name] = shared_as(v.clone(), params[int(i)])
     optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))

@@ -12,6 +12,7 @@ __all__ = ['ENCODER_LAYERS', 'OPENING', 'REWARDS', 'RewardError', 'check_rewards
 # %% ../nbs/05_rewards.ipynb #0003
 import importlib, io, math, re
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -71,8 +72,13 @@ class Reward:
             pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict | None)
             rewards, info = found if pair else (found, {})
             return check_rewards(self.name, rewards, images), info or {}
+    def submit(self, images: torch.Tensor, prompts: list[str]) -> Future: # its `result()` is what a call returns
+        "As a call; a reward that runs elsewhere (`14_sdxl`) returns before it has scored."
+        done = Future()
+        done.set_result(self(images, prompts))
+        return done
 
-# %% ../nbs/05_rewards.ipynb #0022
+# %% ../nbs/05_rewards.ipynb #0023
 def phrases_in(texts: list[str], # prompts
                least: int = 1 # noun phrases a prompt must have
               ) -> list[list[Phrase]]:
@@ -82,7 +88,7 @@ def phrases_in(texts: list[str], # prompts
         if len(phrases) < least: raise ValueError(f"sample {i} names {len(phrases)} things, {least} needed: {texts[i][:60]!r}; write e.g. 'a red circle' with one of {', '.join(COLOURS)} and one of {', '.join(SHAPES)}")
     return found
 
-# %% ../nbs/05_rewards.ipynb #0024
+# %% ../nbs/05_rewards.ipynb #0025
 def attribute_binding(device='cpu') -> Reward:
     "Product over the prompt's noun phrases of the detector's answers; `info['strict']` is its 0/1 form."
     def fn(images, texts, metadata):
@@ -90,7 +96,7 @@ def attribute_binding(device='cpu') -> Reward:
         return torch.stack([a.prod() for a in answers]), dict(strict=torch.stack([(a > .5).all().float() for a in answers]))
     return Reward('attribute_binding', fn, (0, 1), held_out='image_reward')
 
-# %% ../nbs/05_rewards.ipynb #0029
+# %% ../nbs/05_rewards.ipynb #0030
 def join_words(parts: list[str]) -> str:
     "'a', 'a and b', 'a, b and c'."
     return ', '.join(parts[:-1]) + f' and {parts[-1]}' if len(parts) > 1 else ''.join(parts)
@@ -101,7 +107,7 @@ def noun(thing: Thing, number: int = 1) -> str:
     count = 'a' if number == 1 else {2: 'two', 3: 'three'}.get(number, 'many')
     return f'{count} {thing.size} {thing.colour} {thing.shape}{plural}'
 
-# %% ../nbs/05_rewards.ipynb #0030
+# %% ../nbs/05_rewards.ipynb #0031
 def describe(things: list[Thing] # what a picture shows
             ) -> str: # in words
     "A caption: equal things are counted, two different things are placed, more are listed from left to right."
@@ -114,7 +120,7 @@ def describe(things: list[Thing] # what a picture shows
         return f'{noun(a)} {"above" if a.y < b.y else "below"} {noun(b)}'
     return join_words([noun(group[0], len(group)) for group in alike.values()]) or 'nothing'
 
-# %% ../nbs/05_rewards.ipynb #0034
+# %% ../nbs/05_rewards.ipynb #0035
 ENCODER_LAYERS = 3
 
 @cache
@@ -125,7 +131,7 @@ def sentence_encoder(device='cpu') -> tuple:
     model.encoder.layer = model.encoder.layer[:ENCODER_LAYERS]
     return AutoTokenizer.from_pretrained(get_model_path()), model.to(device).eval().requires_grad_(False)
 
-# %% ../nbs/05_rewards.ipynb #0036
+# %% ../nbs/05_rewards.ipynb #0037
 @cache
 def _known_tokens(device) -> dict: return {}
 
@@ -142,7 +148,7 @@ def embed_tokens(texts: list[str], device='cpu', chunk: int = 64 # texts encoded
         for text, s, n in zip(new[i:i+chunk], states, batch.attention_mask.sum(1).tolist()): known[text] = s[1:n-1].clone()
     return [known[t] for t in texts]
 
-# %% ../nbs/05_rewards.ipynb #0038
+# %% ../nbs/05_rewards.ipynb #0039
 def recall(texts: list[str], # prompts, none empty
            captions: list[str], # one each, none empty
            device='cpu') -> torch.Tensor: # (B,), at most 1
@@ -153,7 +159,7 @@ def recall(texts: list[str], # prompts, none empty
     best = (pad(a) @ pad(b).mT).masked_fill(mask_b[:, None] == 0, -1).amax(2)
     return (best*mask_a).sum(1)/mask_a.sum(1)
 
-# %% ../nbs/05_rewards.ipynb #0041
+# %% ../nbs/05_rewards.ipynb #0042
 OPENING = re.compile('^('+'|'.join(o.strip() for o in OPENINGS if o)+r')\s+', re.IGNORECASE)
 
 def without_opening(prompt: str) -> str: return OPENING.sub('', prompt.strip())
@@ -164,7 +170,7 @@ def baseline(device='cpu', n: int = 256) -> float:
     texts = [without_opening(p) for p in prompts('train', n)]
     return float(recall(texts, texts[1:]+texts[:1], device).mean())
 
-# %% ../nbs/05_rewards.ipynb #0043
+# %% ../nbs/05_rewards.ipynb #0044
 def text_alignment(device='cpu') -> Reward:
     "Rescaled BERTScore recall of the prompt in a caption of the picture; `info['captions']` holds the captions."
     device = str(device)
@@ -175,7 +181,7 @@ def text_alignment(device='cpu') -> Reward:
         return r.clamp(-1, 1), dict(captions=told) # 'nothing' would score below -2 and rule every mean
     return Reward('text_alignment', fn, (-1, 1), held_out='clip_score')
 
-# %% ../nbs/05_rewards.ipynb #0047
+# %% ../nbs/05_rewards.ipynb #0048
 def jpeg_kb(images: torch.Tensor # (B, 3, H, W) in [0, 1]
            ) -> torch.Tensor: # (B,) kB
     "Size of each picture as a JPEG of quality 95."
@@ -186,7 +192,7 @@ def jpeg_kb(images: torch.Tensor # (B, 3, H, W) in [0, 1]
         sizes.append(buffer.tell()/1000)
     return torch.tensor(sizes)
 
-# %% ../nbs/05_rewards.ipynb #0048
+# %% ../nbs/05_rewards.ipynb #0049
 def compressibility(device='cpu') -> Reward:
     "Minus the JPEG's size in kB."
     return Reward('compressibility', lambda images, texts, metadata: -jpeg_kb(images), (-math.inf, 0), held_out='image_reward')
@@ -195,7 +201,7 @@ def incompressibility(device='cpu') -> Reward:
     "The JPEG's size in kB."
     return Reward('incompressibility', lambda images, texts, metadata: jpeg_kb(images), (0, math.inf), held_out='image_reward')
 
-# %% ../nbs/05_rewards.ipynb #0052
+# %% ../nbs/05_rewards.ipynb #0053
 def places(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
            phrases: list[Phrase] # one a picture
           ) -> torch.Tensor: # (B, 32, 32) in [0, 1], 0 off the peaks
@@ -204,7 +210,7 @@ def places(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     seen = presence(colour_maps(images)[range(len(images)), colours])
     return torch.einsum('bkhw,bk->bhw', seen, template_weights(phrases).to(seen)).clamp(max=1)
 
-# %% ../nbs/05_rewards.ipynb #0054
+# %% ../nbs/05_rewards.ipynb #0055
 def locate(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
            phrases: list[Phrase] # one a picture
           ) -> tuple[torch.Tensor, torch.Tensor]: # answers (B,) in [0, 1] and x, y (B, 2) in pixels
@@ -213,7 +219,7 @@ def locate(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     width = images.shape[-1]
     return answer, torch.stack([at % width, at // width], 1)+.5
 
-# %% ../nbs/05_rewards.ipynb #0056
+# %% ../nbs/05_rewards.ipynb #0057
 def relation(device='cpu') -> Reward:
     "Are both things there, the first where the prompt places it? Prompts such as `prompts('train', n, kind='relation')`."
     def fn(images, texts, metadata):
@@ -225,14 +231,14 @@ def relation(device='cpu') -> Reward:
         return a*b*(math.sqrt(2)*cosine).clamp(0, 1)
     return Reward('relation', fn, (0, 1), held_out='clip_score')
 
-# %% ../nbs/05_rewards.ipynb #0060
+# %% ../nbs/05_rewards.ipynb #0061
 def count_things(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
                  phrases: list[Phrase] # one a picture
                 ) -> torch.Tensor: # (B,)
     "The number of things that fit the phrase; a doubtful one counts in part."
     return (2*places(images, phrases)-.5).clamp(0, 1).sum((1, 2))
 
-# %% ../nbs/05_rewards.ipynb #0061
+# %% ../nbs/05_rewards.ipynb #0062
 def count(device='cpu') -> Reward:
     "Is the number of things the one asked for? Prompts such as `prompts('train', n, kind='count')`."
     def fn(images, texts, metadata):
@@ -244,7 +250,7 @@ def count(device='cpu') -> Reward:
         return torch.stack([s.prod() for s in score.split([len(p) for p in asked])])
     return Reward('count', fn, (0, 1), held_out='image_reward')
 
-# %% ../nbs/05_rewards.ipynb #0065
+# %% ../nbs/05_rewards.ipynb #0066
 @cache
 def load_clip(device='cpu') -> tuple:
     "Tokenizer, text tower and vision tower; their files are checked."
@@ -255,7 +261,7 @@ def load_clip(device='cpu') -> tuple:
 def token_ids(tokenizer, texts: list[str], device) -> dict: # input_ids and attention_mask, (B, MAX_TOKENS)
     return tokenizer(texts, padding='max_length', truncation=True, max_length=MAX_TOKENS, return_tensors='pt').to(device)
 
-# %% ../nbs/05_rewards.ipynb #0066
+# %% ../nbs/05_rewards.ipynb #0067
 def clip_score(device='cpu') -> Reward:
     "Cosine of picture and prompt by the tiny CLIP."
     tokenizer, text, vision = load_clip(str(device))
@@ -264,7 +270,7 @@ def clip_score(device='cpu') -> Reward:
         return F.cosine_similarity(vision((images-.5)/.25).image_embeds, words)
     return Reward('clip_score', fn, (-1, 1), differentiable=True, held_out='attribute_binding')
 
-# %% ../nbs/05_rewards.ipynb #0070
+# %% ../nbs/05_rewards.ipynb #0071
 @cache
 def load_preference(device='cpu') -> tuple[CLIPTokenizer, PreferenceModel]:
     "Tokenizer and preference model; their files are checked."
@@ -272,7 +278,7 @@ def load_preference(device='cpu') -> tuple[CLIPTokenizer, PreferenceModel]:
     tokenizer = CLIPTokenizer.from_pretrained(ASSETS/'tokenizer')
     return tokenizer, load_module(PreferenceModel(len(tokenizer)), ASSETS/'preference'/'preference.safetensors').to(device)
 
-# %% ../nbs/05_rewards.ipynb #0071
+# %% ../nbs/05_rewards.ipynb #0072
 def image_reward(device='cpu') -> Reward:
     "The preference model's score."
     tokenizer, model = load_preference(str(device))
@@ -281,7 +287,7 @@ def image_reward(device='cpu') -> Reward:
         return model(images, words.input_ids, words.attention_mask)
     return Reward('image_reward', fn, differentiable=True, held_out='attribute_binding')
 
-# %% ../nbs/05_rewards.ipynb #0075
+# %% ../nbs/05_rewards.ipynb #0076
 REWARDS = {f.__name__: f for f in (image_reward, attribute_binding, text_alignment, compressibility, incompressibility, relation, count, clip_score)}
 
 def import_function(path: str # 'module:function'
@@ -293,7 +299,7 @@ def import_function(path: str # 'module:function'
     if not callable(fn): raise ValueError(f'reward {path!r} is {type(fn).__name__}, not a function')
     return fn
 
-# %% ../nbs/05_rewards.ipynb #0076
+# %% ../nbs/05_rewards.ipynb #0077
 def load_reward(reward: str | Callable | Reward, # a name of `REWARDS`, 'module:function', or the function
                 device='cpu' # where its networks live
                ) -> Reward:

@@ -1,0 +1,373 @@
+"The full-size path, on small random networks of the real classes and configs."
+import json, os, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest, torch
+from conftest import ROOT
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+from lasro import sdxl
+from lasro.finetune import ARMS, NO_REWARD, checkpoint, find_arm, train
+from lasro.models import Conditioning, decode
+from lasro.rewards import Reward, RewardError
+from lasro.sampling import sample
+from lasro.sdxl import FORMS, Processes, Setting, cached_prompts, load_few_step, make_tune_task, small_form, spread, tune, tune_options
+
+TEXTS = ['a red ring and a blue cross', 'a large green square', 'a cyan circle', 'an orange cross and a blue ring']
+SETTING = Setting(lora_rank=4, surrogate_rank=4, micro=0, blocks=False, sample_batch=4)
+FEW = dict(pretrain_prompts=2, n_noises=2, pretrain_steps=1, outer_steps=2, generator_steps=1, surrogate_steps=1, collect_prompts=2, batch_size=2, lcm_batch=2, groups=2, probe_prompts=0)
+
+
+def brightness(images, prompts, metadata): return images.mean((1, 2, 3))
+brightness.differentiable, brightness.range = True, (0, 1)
+
+
+@pytest.fixture(scope='session')
+def forms(tmp_path_factory):
+    "Small random folders of every form."
+    folder = tmp_path_factory.mktemp('forms')
+    torch.manual_seed(0)
+    return {name: small_form(name, folder/name) for name in FORMS}
+
+
+@pytest.fixture
+def fresh(forms, tmp_path):
+    "A model of a form, fresh, and the conditioning of `TEXTS`."
+    def make(name='lcm-ssd-1b'):
+        model = load_few_step(forms[name])
+        return model, cached_prompts(model, TEXTS, tmp_path/'prompts')
+    return make
+
+
+def one_line(e) -> str:
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+def stock_pictures(form, guidance, lora=None, steps=2):
+    "By diffusers alone."
+    student = dict(unet=UNet2DConditionModel.from_pretrained(form.unet)) if form.unet else {}
+    pipe = StableDiffusionXLPipeline.from_pretrained(form.base, add_watermarker=False, **student)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50)
+    if form.lora: pipe.load_lora_weights(form.lora, weight_name='pytorch_lora_weights.safetensors'); pipe.fuse_lora(); pipe.unload_lora_weights()
+    if lora: pipe.load_lora_weights(lora, weight_name='pytorch_lora_weights.safetensors')
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(TEXTS, num_inference_steps=steps, guidance_scale=guidance or 1., generator=torch.Generator().manual_seed(5), output_type='pt').images
+
+
+def our_pictures(pipe, cond, steps=2):
+    g = torch.Generator().manual_seed(5)
+    noise = [torch.randn(len(TEXTS), 4, 8, 8, generator=g) for _ in range(steps)]
+    with torch.no_grad(): return decode(pipe.vae, sample(pipe.unet, cond, noise[0], noise[1:], steps).final)
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_every_form_samples_as_stock_diffusers(fresh, name):
+    model, cond = fresh(name)
+    assert (cond.guidance is not None) == bool(model.form.unet) == bool(model.pipe.unet.config.time_cond_proj_dim)
+    ours, stock = our_pictures(model.pipe, cond), stock_pictures(model.form, model.guidance)
+    assert (ours-stock).abs().max() < 1e-4
+    assert not any(p.requires_grad for m in (model.pipe.unet, model.pipe.vae, model.teacher) for p in m.parameters())
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_what_comes_out_loads_in_stock_diffusers(fresh, tmp_path, name):
+    model, cond = fresh(name)
+    before = our_pictures(model.pipe, cond)
+    run = tune(model, brightness, TEXTS, cond, SETTING, out=tmp_path/'run', profile='smoke', **FEW | dict(lr=3e-3, warmup=1))
+    ours, stock = our_pictures(run.pipe, cond), stock_pictures(model.form, model.guidance, tmp_path/'run'/'lora')
+    assert (ours-stock).abs().max() < 1e-4 and (ours-before).abs().max() > 1e-3
+    card = (tmp_path/'run'/'lora'/'README.md').read_text()
+    for word in (model.form.licence, model.form.base, 'brightness', 'load_lora_weights', 'reward calls'): assert word in card, word
+    assert {p.name for p in (tmp_path/'run'/'lora').iterdir()} == {'README.md', 'grid.png', 'pytorch_lora_weights.safetensors'}
+    with pytest.raises(FileExistsError, match='finished run'): tune(model, brightness, TEXTS, cond, SETTING, out=tmp_path/'run', profile='smoke', **FEW)
+
+
+@pytest.mark.parametrize('name', ['lcm-ssd-1b', 'lcm-lora-sdxl']) # with a guidance embedding, and without
+@pytest.mark.parametrize('arm', ARMS)
+def test_every_arm_runs(fresh, arm, name):
+    model, cond = fresh(name)
+    options = dict(FEW, outer_steps=0) if arm == 'base' else FEW
+    run = tune(model, brightness, TEXTS, cond, SETTING, arm=arm, profile='smoke', **options)
+    assert len(run.metrics) == (0 if arm == 'base' else 3) and run.record['arm'] == arm
+    calls = 0 if arm in NO_REWARD else (2+2*2)*2*2
+    assert run.record['reward_calls'] == calls
+    assert all(torch.isfinite(p).all() for p in run.pipe.unet.parameters())
+
+
+def test_full_weights_are_tuned_too(fresh, tmp_path):
+    model, cond = fresh()
+    run = tune(model, brightness, TEXTS, cond, replace(SETTING, lora_rank=0, surrogate_rank=0), out=tmp_path/'run', profile='smoke', **FEW)
+    assert (tmp_path/'run'/'unet.safetensors').exists() and not (tmp_path/'run'/'lora').exists()
+    assert run.record['parameters']['lora_rank'] == 0
+
+
+def near(x, rel: float): return x if isinstance(x, str) else pytest.approx(x, rel=rel, abs=1e-5, nan_ok=True)
+
+
+def rows(run): return [{k: v for k, v in row.items() if k != 'wall_s'} for row in run.metrics.to_dict('records')]
+
+
+def test_parts_and_blocks_change_nothing_but_memory(fresh):
+    curves = []
+    for setting in (SETTING, replace(SETTING, micro=1, blocks=True)):
+        model, cond = fresh()
+        curves.append(rows(tune(model, brightness, TEXTS, cond, setting, profile='smoke', **FEW)))
+    for a, b in zip(*curves):
+        for k in a: assert a[k] == near(b[k], 1e-4), k
+
+
+def test_a_stopped_run_goes_on(fresh, tmp_path):
+    def new():
+        model, cond = fresh()
+        return model, cond
+    whole = rows(tune(*new_args(new()), SETTING, profile='smoke', **FEW | dict(outer_steps=3)))
+    model, cond = new()
+    arm = started(model, cond, outer_steps=3)
+    done = train(arm, 2, progress=False)
+    checkpoint(arm, tmp_path/'run'/'checkpoints', 2, done)
+    resumed = rows(tune(*new_args(new()), SETTING, out=tmp_path/'run', profile='smoke', **FEW | dict(outer_steps=3)))
+    assert repr(resumed) == repr(whole)
+
+
+def new_args(pair): return pair[0], brightness, TEXTS, pair[1]
+
+
+def started(model, cond, processes=Processes(), setting=SETTING, **options):
+    "An arm as `tune` makes it."
+    opts = tune_options('lasro', 'smoke', setting, **FEW | options)
+    task = make_tune_task(model, brightness, TEXTS, cond, opts, 2, 0)
+    arm = find_arm('lasro')[0](task, opts)
+    spread(arm, processes, setting)
+    task.data = sdxl.sampled_data(task.pipe, cond, batch_size=setting.sample_batch)
+    return arm
+
+
+@pytest.mark.parametrize('places, message', [
+    (dict(base='/nowhere/at-all'), 'base: there is no folder'), (dict(unet='/nowhere'), 'unet: there is no folder'), (dict(teacher='no folder'), 'teacher: there is no folder'),
+    (dict(vae='/nowhere'), 'vae: there is no folder'), (dict(lora='/nowhere'), 'lora: there is no folder'), (dict(resolution=60), 'no multiple of 8')])
+def test_a_wrong_place_gets_one_line(forms, places, message):
+    with pytest.raises((OSError, ValueError), match=message) as e: load_few_step(replace(forms['lcm-ssd-1b'], **places))
+    one_line(e)
+
+
+def test_a_wrong_network_gets_one_line(forms, tmp_path):
+    from diffusers import AutoencoderKL
+    UNet2DConditionModel(block_out_channels=(32, 64), down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), cross_attention_dim=32).save_pretrained(tmp_path/'sd15')
+    for place in ('unet', 'teacher'):
+        with pytest.raises(ValueError, match='is no SDXL UNet') as e: load_few_step(replace(forms['lcm-ssd-1b'], **{place: str(tmp_path/'sd15')}))
+        one_line(e)
+    AutoencoderKL(block_out_channels=(8, 8), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, norm_num_groups=4).save_pretrained(tmp_path/'vae')
+    with pytest.raises(ValueError, match='the autoencoder shrinks by 2') as e: load_few_step(replace(forms['sdxl-turbo'], vae=str(tmp_path/'vae')))
+    one_line(e)
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(OSError, match='base: .*cannot be loaded') as e: load_few_step(replace(forms['sdxl-turbo'], base=str(tmp_path/'empty')))
+    one_line(e)
+
+
+def test_the_network_is_asked_only_for_hub_ids(forms, tmp_path, monkeypatch):
+    import socket
+    def refuse(*a, **k): raise OSError('the network was asked')
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    model = load_few_step(forms['lcm-lora-sdxl'])
+    tune(model, brightness, TEXTS, cached_prompts(model, TEXTS, tmp_path), SETTING, out=tmp_path/'run', profile='smoke', **FEW)
+    with pytest.raises(OSError, match='teacher: nobody/nothing cannot be loaded') as e: load_few_step(replace(forms['lcm-ssd-1b'], teacher='nobody/nothing'))
+    one_line(e)
+
+
+@pytest.mark.parametrize('name', sdxl.FULL_REWARDS)
+def test_a_missing_reward_file_gets_one_line(name):
+    for folder in ('', '/nowhere'):
+        with pytest.raises(FileNotFoundError, match=f'reward {name}: .*give') as e: sdxl.load_full_reward(name, folder=folder)
+        one_line(e)
+
+
+def test_too_little_memory_gets_one_line_before_anything_is_loaded():
+    with pytest.raises(MemoryError, match=r'the leanest plan needs \d+\.\d GB and the card has 8') as e: sdxl.choose_setting(sdxl.full_configs('lcm-sdxl'), 8)
+    one_line(e)
+
+
+def test_parameters_are_counted_exactly():
+    "Against SDXL's known 2,567,463,684, and against what a small network really has."
+    configs = sdxl.full_configs('lcm-lora-sdxl')
+    assert sdxl.student_pass(sdxl.as_json(configs[0]), 64)[1] == 2_567_463_684
+    unet = sdxl.small_unet('ssd-1b', time_cond_proj_dim=256)
+    _, frozen, trained = sdxl.student_pass(sdxl.as_json(unet.config), 4)
+    assert frozen == sdxl.count_parameters(unet)
+    assert trained == sum(p.numel() for p in sdxl.add_lora(unet, 4))
+    teacher = sdxl.small_unet('ssd-1b')
+    _, trained = sdxl.surrogate_pass(sdxl.as_json(teacher.config), 4)
+    assert trained == sum(p.numel() for p in sdxl.SurrogateReward(teacher, lora_rank=4).parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize('card', [24, 40, 80])
+def test_plans_fit_their_cards(card):
+    "The paper's own models with a LoRA, at their resolutions; a larger card is never planned leaner."
+    for name in ('lcm-ssd-1b', 'sdxl-turbo'):
+        setting, plan = sdxl.choose_setting(sdxl.full_configs(name), card)
+        assert plan.GB['peak'] < card and sdxl.LADDER.index(setting) <= sdxl.LADDER.index(sdxl.choose_setting(sdxl.full_configs(name), 24)[0])
+        assert plan.GB['peak'] == pytest.approx(plan.GB.iloc[:-3].sum()+plan.GB.iloc[-3:-1].max())
+
+
+def test_the_shared_surrogate_leaves_the_teacher_alone(fresh):
+    model, cond = fresh('lcm-sdxl')
+    before = our_pictures(replace_unet(model), Conditioning(*list(vars(cond).values())[:3]))
+    arm = started(model, cond)
+    for p in arm.surrogate.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=.1)
+    for i in range(2): arm.prepare() if i == 0 else arm.round(0)
+    assert arm.surrogate.encoder.unet is model.teacher
+    assert torch.equal(our_pictures(replace_unet(model), Conditioning(*list(vars(cond).values())[:3])), before)
+
+
+def replace_unet(model):
+    from types import SimpleNamespace
+    return SimpleNamespace(unet=model.teacher, vae=model.pipe.vae)
+
+
+def test_prompts_are_encoded_once(fresh, tmp_path):
+    model, _ = fresh()
+    first = cached_prompts(model, TEXTS, tmp_path/'cache')
+    files = list((tmp_path/'cache').iterdir())
+    model.pipe.encode_prompt = None # it is not called again
+    again = cached_prompts(model, TEXTS, tmp_path/'cache')
+    assert len(files) == 1 and files[0].suffix == '.safetensors' and all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(again).values()))
+    with pytest.raises(TypeError): cached_prompts(model, TEXTS[:2], tmp_path/'cache')
+    sdxl.drop_text_encoders(model)
+    tune(model, brightness, TEXTS, first, SETTING, profile='smoke', **FEW)
+
+
+def test_labels_of_another_process_are_the_same(fresh):
+    model, cond = fresh()
+    pictures = our_pictures(model.pipe, cond)
+    apart = sdxl.elsewhere('compressibility')
+    try:
+        here = sdxl.load_full_reward('compressibility')((pictures*255).round()/255, TEXTS)[0]
+        assert torch.equal(apart(pictures, TEXTS)[0], here)
+        waiting = [apart.submit(pictures, TEXTS) for _ in range(3)] # it does not block
+        assert all(torch.equal(w.result()[0], here) for w in waiting)
+        run = tune(model, apart, TEXTS, cond, SETTING, profile='smoke', **FEW)
+        assert run.record['reward'] == 'compressibility' and run.record['reward_calls'] == 24
+    finally: apart.pool.shutdown()
+    with pytest.raises(FileNotFoundError, match='reward image_reward'): sdxl.elsewhere('image_reward', folder='/nowhere')
+
+
+def test_a_reward_that_dies_elsewhere_is_named():
+    apart = sdxl.elsewhere('compressibility')
+    apart.pool.submit(os._exit, 1)
+    with pytest.raises(RewardError, match="reward 'compressibility' in its own process failed") as e:
+        for _ in range(3): apart(torch.rand(1, 3, 64, 64), ['a'])
+    one_line(e)
+
+
+def test_spacy_finds_the_noun_phrases():
+    spacy = pytest.importorskip('spacy')
+    vocab = spacy.blank('en').vocab
+    words, heads = ['a', 'green', 'bench', 'on', 'the', 'left', 'of', 'a', 'red', 'car'], [2, 2, 2, 2, 5, 3, 5, 9, 9, 6]
+    deps, pos = ['det', 'amod', 'ROOT', 'prep', 'det', 'pobj', 'prep', 'det', 'amod', 'pobj'], ['DET', 'ADJ', 'NOUN', 'ADP', 'DET', 'NOUN', 'ADP', 'DET', 'ADJ', 'NOUN']
+    doc = spacy.tokens.Doc(vocab, words=words, heads=heads, deps=deps, pos=pos)
+    assert sdxl.noun_phrases(None, lambda text: doc) == ['a green bench', 'a red car']
+
+
+@pytest.mark.parametrize('name, text, expected', [
+    ('color_val.txt', 'a green bench and a red car\n\n a dog \n', ['a green bench and a red car', 'a dog']), ('drawbench.csv', 'Prompts,Category\n"One cat, two dogs.",Counting\n', ['One cat, two dogs.']),
+    ('test.jsonl', '{"prompt": "a cat"}\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', ['a cat', 'a dog']), ('4k.json', '["a cat", "a dog"]', ['a cat', 'a dog']), ('pick.json', '[{"caption": "a cat"}]', ['a cat'])])
+def test_prompt_files(tmp_path, name, text, expected):
+    (tmp_path/name).write_text(text)
+    assert sdxl.read_prompt_set(tmp_path/name) == expected
+
+
+def test_a_table_without_prompts_gets_one_line(tmp_path):
+    (tmp_path/'x.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(ValueError, match='has no column of prompts') as e: sdxl.read_prompt_set(tmp_path/'x.csv')
+    one_line(e)
+
+
+def test_fid_of_folders(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    for name, shift in (('a', 0.), ('b', .3)):
+        (tmp_path/name).mkdir()
+        for i in range(8): sdxl.save_picture((torch.rand(3, 32, 32, generator=g)*.6+shift).clamp(0, 1), tmp_path/name/f'{i}.png')
+    features = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)/255
+    np.savez(tmp_path/'b.npz', **sdxl.fid_statistics(tmp_path/'b', features))
+    far, n = sdxl.fid(tmp_path/'a', tmp_path/'b.npz', features)
+    assert n == 8 and far == pytest.approx(sdxl.fid(tmp_path/'a', tmp_path/'b', features)[0], rel=1e-4)
+    assert far == pytest.approx(3*.3**2, rel=.1) and sdxl.fid(tmp_path/'a', tmp_path/'a', features)[0] == pytest.approx(0, abs=1e-4)
+
+
+# Several processes
+
+WORKER = ROOT/'tests'/'sdxl_worker.py'
+
+
+def launch(*args, processes: int = 2):
+    "Start the worker as `accelerate launch` does with the shipped CPU config."
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT/'workflow'/'accelerate'/'cpu.yaml', '--num_processes', processes, '--main_process_port', '0', WORKER, *args]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=540, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    assert found.returncode == 0, found.stderr[-3000:]
+
+
+def close(a: list[dict], b: list[dict], places=('lcm_loss', 'surrogate', 'grad_norm', 'surrogate_loss', 'reward', 'rank_correlation')):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        for k in set(places) & set(x): assert x[k] == near(y[k], 1e-5), (k, x['step'])
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    "LoRA by rows, and full weights shared out; then one process goes on where two have stopped."
+    from sdxl_worker import scenario
+    torch.manual_seed(0)
+    small_form('lcm-ssd-1b', tmp_path/'form')
+    launch(tmp_path, 'lora', 'stopped', 'full')
+    two = {name: json.loads((tmp_path/f'{name}-2.json').read_text()) for name in ('lora', 'stopped', 'full')}
+    assert two['lora']['world'] == 2 and len(two['lora']['rows']) == 6
+    lora = scenario(tmp_path, 'lora', Processes())
+    close(lora, two['lora']['rows'])
+    close(scenario(tmp_path, 'full', Processes()), two['full']['rows'])
+    close(lora, scenario(tmp_path, 'resumed', Processes()))
+    assert len(two['stopped']['rows']) == 3
+
+
+# The launcher and the bench
+
+def test_the_launcher_refuses_an_unknown_parameter():
+    found = subprocess.run([sys.executable, ROOT/'workflow'/'accelerate'/'train.py', '-p', 'MODLE', 'x'], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert found.returncode == 1 and 'there is no parameter MODLE' in found.stderr.splitlines()[-1]
+
+
+def test_the_bench_without_a_gpu_writes_nothing(tmp_path):
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    (tmp_path/'kept.json').write_text('{}')
+    found = subprocess.run([sys.executable, ROOT/'bench'/'sdxl.py', tmp_path], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert found.returncode == 0 and 'no GPU here: nothing was measured' in found.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ['kept.json']
+
+
+@pytest.mark.parametrize('what', ['generator', 'generator1', 'gradient', 'surrogate', 'sampling', 'labelling'])
+def test_every_row_of_the_bench_runs(what):
+    sys.path.insert(0, str(ROOT/'bench'))
+    import sdxl as bench
+    sys.path.pop(0)
+    row = bench.measure(what, 'lcm-ssd-1b', 64, device='cpu', small=True, rounds=3, warmup=0)
+    assert row['ms'] > 0 and row['ms_q25'] <= row['ms'] <= row['ms_q75'] and row['n'] == 3
+    assert what == 'labelling' or row['flops'] > 0
+    assert what != 'gradient' or row['time_ratio'] > 0
+    assert len(set(map(bench.name, bench.rows()))) == len(bench.rows()) and bench.rows()[0][2] == 1024
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_by_papermill_in_a_minute(tmp_path):
+    found = subprocess.run([sys.executable, ROOT/'workflow'/'run.py', ROOT/'nbs'/'14_sdxl.ipynb', tmp_path/'out.ipynb', '-p', 'OUT', str(tmp_path/'run')], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path/'run'/'run.json').exists() and (tmp_path/'run'/'lora'/'pytorch_lora_weights.safetensors').exists()
+
+
+@pytest.mark.slow
+def test_the_launcher_runs_two_processes(tmp_path):
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT/'workflow'/'accelerate'/'cpu.yaml', '--main_process_port', '0', ROOT/'workflow'/'accelerate'/'train.py', '-p', 'OUT', tmp_path/'run']
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=540, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert json.loads((tmp_path/'run'/'run.json').read_text())['reward'] == 'compressibility'
