@@ -65,7 +65,7 @@ class Options:
     surrogate_rank: int = 0       # 0 tunes a copy of the teacher; else the surrogate is the teacher with an adapter
     groups: int = 8               # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
-    pairs: str = 'all'            # compare within a prompt and step ('within'), across 'prompts', or 'all': across steps too
+    pairs: str = 'prompts'        # compare within a prompt and step ('within'), across 'prompts', or 'all': across steps too
     lcm_batch: int = 48           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
     c1: float = .02               # weight of the reward after each step but the last

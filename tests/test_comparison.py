@@ -221,7 +221,7 @@ def dry_run(target: str, cwd, *options) -> str:
 
 
 @pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3), ('tuning', sum(map(len, GRID.values()))), # six baselines have three rewards and three seeds, direct has one reward
-                                          ('ablations', 3*(6+8)), ('questions', 3*5+3*(1+3+3)), ('rewards', 6*3*3+2*3+5)])
+                                          ('ablations', 3*(6+10)), ('questions', 3*5+3*(1+3+3)), ('rewards', 6*3*3+2*3+5)])
 def test_the_plan_has_every_run(tmp_path, target, runs):
     assert ['run', str(runs)] in [line.split() for line in dry_run(target, tmp_path, '-q', 'rules').splitlines()]
 

@@ -201,7 +201,7 @@ def test_single_samples_are_compared_across_prompts_and_visits():
     draw_from, g = ReplayBuffer(200), lambda: torch.Generator().manual_seed(0)
     draw_from.add(single(0))
     assert len(draw_from.draw(24, 2, g())[1]) == 0 # within prompts there is nothing yet
-    rows, winners, losers = draw_from.draw(6, 1, g(), across=True)
+    rows, winners, losers = draw_from.draw(6, 1, g(), pairs='prompts')
     s = draw_from.samples
     assert len(rows) == 6 and len(winners) and (s.step[rows][winners] == s.step[rows][losers]).all() and (s.prompt[rows][winners] != s.prompt[rows][losers]).all()
     draw_from.add(single(1))
