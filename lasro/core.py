@@ -24,13 +24,13 @@ class Profile:
     name: str
     n_seeds: int = 5            # training seeds of the main arms
     train_prompts: int = 2000   # prompts the generator is trained on
-    pretrain_prompts: int = 150 # of those, sampled to pre-train the surrogate
+    pretrain_prompts: int = 70  # of those, sampled to pre-train the surrogate
     n_noises: int = 6           # N_s, initial noises a prompt and visit
-    pretrain_steps: int = 100   # Bradley-Terry steps before the generator moves
+    pretrain_steps: int = 60    # Bradley-Terry steps before the generator moves
     outer_steps: int = 20       # rounds of generator, collection, surrogate
     generator_steps: int = 2    # K1
-    surrogate_steps: int = 4    # K2
-    collect_prompts: int = 8    # prompts labelled again in a round
+    surrogate_steps: int = 6    # K2
+    collect_prompts: int = 12   # prompts labelled again in a round
     batch_size: int = 64        # samples in a generator step
     probe_prompts: int = 256    # training prompts that draw the curve
     eval_prompts: int = 256     # test prompts, half seen and half held-out

@@ -58,14 +58,14 @@ class Options:
     pretrain_prompts: int = 150; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
     outer_steps: int = 20; generator_steps: int = 2; surrogate_steps: int = 4; collect_prompts: int = 8 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 64
-    lr: float = 1e-4              # generator
+    lr: float = 2e-4              # generator
     warmup: int = 8               # updates in which its rate rises
     surrogate_lr: float = 5e-4
     backbone: str = 'unet-whole'  # of the surrogate: the teacher's whole UNet; 'unet', its down and mid blocks (stated); 'clip' or 'blip'
     surrogate_rank: int = 0       # 0 tunes a copy of the teacher; else the surrogate is the teacher with an adapter
     groups: int = 8               # of a prompt and a step, in a surrogate step
     smooth: float = .25           # noise on the latents in a surrogate step, of every octave, in their deviations
-    pairs: str = 'prompts'        # compare within a prompt and step ('within'), across 'prompts', or 'all': across steps too
+    pairs: str = 'all'            # compare within a prompt and step ('within'), across 'prompts', or 'all': across steps too
     lcm_batch: int = 48           # samples in the LCM loss
     c: float = 1.                 # weight of the LCM loss; 0 leaves it out
     c1: float = .02               # weight of the reward after each step but the last

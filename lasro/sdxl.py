@@ -985,7 +985,7 @@ def tune_options(arm: str, profile: str, s: Setting, **overrides):
     "An arm's options at size."
     cls, changed = find_arm(arm)
     fitted = dict(lora_rank=s.lora_rank, surrogate_rank=s.surrogate_rank, sample_batch=s.sample_batch)
-    return make_options(profile, cls.Options, **SDXL_OPTIONS | fitted | changed | overrides)
+    return make_options(profile, cls.Options, **changed | SDXL_OPTIONS | fitted | overrides) # an arm's rate was found for the shapes pipeline
 
 # %% ../nbs/14_sdxl.ipynb #0215
 def make_tune_task(model: FewStep, reward, texts: list[str], cond: Conditioning, options, num_steps: int, seed: int, data=None, held_out=None) -> Task:

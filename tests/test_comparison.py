@@ -229,8 +229,8 @@ def test_the_plan_has_every_run(tmp_path, target, runs):
 def test_a_planned_run_gets_its_overrides_and_its_reward(tmp_path):
     commands = {line for target in ('questions', 'rewards') for line in dry_run(target, tmp_path, '-p').splitlines() if 'run.py' in line}
     one = [c for c in commands if '-p SETTING ns-1 ' in c]
-    assert len(one) == 3 and all('"n_noises": 1' in c and '"pretrain_prompts": 900' in c and '-p SPLIT test' in c for c in one)
+    assert len(one) == 3 and all('"n_noises": 1' in c and '"pretrain_prompts": 420' in c and '-p SPLIT test' in c for c in one)
     three = [c for c in commands if '-p SETTING equal-calls ' in c and '-p NUM_STEPS 3 ' in c]
-    assert len(three) == 3 and all('"pretrain_prompts": 107' in c for c in three)
+    assert len(three) == 3 and all('"pretrain_prompts": 47,' in c for c in three)
     own = [c for c in commands if '-p REWARD my_reward:free_margin ' in c]
     assert {c.split('-p ARM ')[1].split()[0] for c in own} == {'base', 'lasro', 'gors_lcm', 'rlcm-dropped'}

@@ -76,7 +76,7 @@ def test_n_s(drawn):
     t = table(drawn[0], 'tab_ns')
     rows = t[t.split == 'all'].set_index('n_s')
     assert list(rows.index) == [1, 2, 4, 6, 8, 16] and set(t.split) == {'held_out', 'all'} and (t.n_seeds == 2).all()
-    assert list(rows.pretrain_prompts) == [900, 450, 225, 150, 112, 56] and list(rows.collect_prompts) == [48, 24, 12, 8, 6, 3]
+    assert list(rows.pretrain_prompts) == [420, 210, 105, 70, 52, 36] and list(rows.collect_prompts) == [72, 36, 18, 12, 9, 4]
     assert {'ci_low', 'ci_high', 'fid', 'reward_calls', 'calls_to_half', 'calls_ci_low', 'updates_to_90', 'updates_ci_high'} <= set(t.columns)
     assert rows.diff_vs_default.isna().tolist() == [n == 6 for n in rows.index] and t[t.split == 'held_out'].updates_to_90.isna().all()
     assert float(rows.updates_to_90[6]) == 20 # the made-up lasro is at its end after 8 of 30 rounds, and is probed after every fifth
