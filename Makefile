@@ -17,7 +17,7 @@ reproduce: $(STAMP) ## train, score, and draw every table and figure at size PRO
 
 test: $(STAMP) lint ## the export check, every notebook, what crosses notebooks, and the installed set
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
-	pytest -q tests
+	pytest -q -n $(WORKERS) --dist loadgroup tests
 	pip check
 
 lint: $(STAMP) ## lasro/ is what the notebooks export, and the notebooks are clean

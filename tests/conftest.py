@@ -13,6 +13,13 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 RUN_NOTEBOOK = ROOT/'nbs'/'09_lasro.ipynb'
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "With several workers, tests of a module that share a run or a drawn batch stay in one."
+    for item in items:
+        if {'drawn', 'finished'} & set(item.fixturenames): item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def start(*args, results: Path, cwd: Path, **parameters) -> subprocess.Popen:
     "Start workflow/run.py on 09_lasro with results under `results`."
     command = [sys.executable, ROOT/'workflow'/'run.py', RUN_NOTEBOOK, cwd/f'{"-".join(map(str, parameters.values()))}.ipynb']

@@ -6,7 +6,7 @@ import pytest, torch
 from conftest import ROOT
 from scipy.stats import ttest_1samp
 
-from lasro.baselines import GRID, PLAN, settings, tuning
+from lasro.baselines import FINALISTS, GRID, PLAN, settings, tuning
 from lasro.core import results_dir, run_dir, save_csv, save_json
 from lasro.evaluation import EvalResult, moments, reference_features, write_eval
 from lasro.finetune import find_arm, make_options
@@ -83,9 +83,9 @@ def drawn(tmp_path_factory):
             for seed in range(3): fake('lcm_continued', 'none', seed)
             for seed in range(3): [fake(arm, r, seed) for arm in (EVERYWHERE if every else ['lasro']) for r in (REWARDS if every else REWARDS[1:2])]
             for arm, reward in ONE_REWARD.items() if every else (): [fake(arm, reward, seed) for seed in range(2)]
-            for arm, _, _, setting in PLAN['ablations'] if every else (): [fake(arm, 'attribute_binding', seed, setting, overrides=settings('lab').get(setting)) for seed in range(3)]
+            for arm, r, _, setting in PLAN['ablations'] if every else (): [fake(arm, r, seed, setting, overrides=settings('lab').get(setting)) for seed in range(3)]
             for arm, tries in GRID.items() if every else ():
-                for i in range(len(tries)): fake(arm, 'image_reward' if arm == 'direct' else 'attribute_binding', 0, f'tune-{i}', 'validation', tuning(arm, i, 'lab'))
+                for name in [f'tune-{i}' for i in range(len(tries))]+[f'full-{i}' for i in FINALISTS[arm]]: fake(arm, 'image_reward' if arm == 'direct' else 'attribute_binding', 0, name, 'validation', tuning(arm, name, 'lab'))
             if every:
                 for arm in EVERYWHERE: time_alone(arm, 'attribute_binding', find_lr(arm))
                 for arm in EVERYWHERE: time_alone(arm, 'text_alignment', .5 if arm == 'pso' else find_lr(arm)) # that of pso is of a setting that no run has
@@ -126,6 +126,12 @@ def test_p_is_corrected_over_the_arms_of_a_reward(drawn):
     assert np.isclose(t.loc[rest[0][1], f'p_vs_{rest[0][2]}'], max(3*first[0], 2*rest[0][0]))
 
 
+def test_more_distillation_alone(drawn):
+    t = table(drawn[0], 'tab_converged')
+    assert set(t.lr) == {2e-4, 1e-4} and set(t.reward) == set(REWARDS) and (t.ci_low <= t.diff_vs_base).all() and (t.diff_vs_base <= t.ci_high).all()
+    assert set(table(drawn[1], 'tab_converged').setting) == {'default'} # where the other was not run
+
+
 def test_efficiency(drawn):
     t = table(drawn[0], 'tab_efficiency')
     assert list(t.columns) == 'reward,arm,calls_to_half,calls_ci_low,calls_ci_high,seconds_to_half,seconds_ci_low,seconds_ci_high,n_seeds,note'.split(',')
@@ -163,13 +169,13 @@ def test_every_setting_that_was_tried_is_listed(drawn):
     assert list(t.columns) == 'arm reward setting overrides mean ci_low ci_high reward_calls wall_s chosen'.split()
     for arm, tries in GRID.items():
         rows = t[t.arm == arm]
-        assert [json.loads(o) for o in rows.overrides] == list(tries) and rows.chosen.sum() == 1
+        assert [json.loads(o) for o in rows.overrides] == [*tries, *(tries[i] for i in FINALISTS[arm])] and rows.chosen.sum() == 2 # at half and at full length
     assert not (drawn[1]/'tab_tuning.csv').exists()
 
 
 def test_ablations(drawn):
     t = table(drawn[0], 'tab_ablations')
-    assert list(t.columns[:4]) == ['reward', 'arm', 'setting', 'overrides'] and list(zip(t.arm, t.setting)) == [('lasro', 'default')]+[(arm, setting) for arm, _, _, setting in PLAN['ablations']]
+    assert list(t.columns[:4]) == ['reward', 'arm', 'setting', 'overrides'] and list(zip(t.arm, t.setting)) == [('lasro', 'default')]+[(arm, setting) for arm, reward, _, setting in PLAN['ablations'] if reward != 'none']
     for row in t.iloc[1:].itertuples():
         changed = find_arm(row.arm)[1] | settings('lab').get(row.setting, {})
         assert json.loads(row.overrides) == {k: v for k, v in changed.items() if v != getattr(make_options('lab'), k)}
@@ -203,14 +209,14 @@ def test_three_arms_alone(drawn):
 
 
 def test_the_frozen_settings_are_the_best_that_were_tried():
-    path, tries = results_dir('lab')/'tables'/'tab_tuning.csv', len(list(results_dir('lab').glob('runs/*/*/*/tune-*/*/run.json')))
-    if not path.exists():
-        assert tries < sum(map(len, GRID.values())), 'every setting was tried and none is listed'
-        return
-    t = pd.read_csv(path)
-    best = t.loc[t.groupby('arm')['mean'].idxmax()]
-    assert set(t.arm) == set(GRID) and (t.groupby('arm').size() == len(GRID['lasro'])).all()
-    assert best.chosen.all(), f'not the best of their tries: {list(best.arm[~best.chosen])}'
+    t = pd.read_csv(results_dir('lab')/'tables'/'tab_tuning.csv')
+    full = t.setting.str.startswith('full')
+    for arm, rows in t[~full].groupby('arm'):
+        best = rows.nlargest(3, 'mean').setting
+        assert len(rows) == len(GRID['lasro']) and {int(s.split('-')[1]) for s in best} == set(FINALISTS[arm]), f'{arm}: the three best tries are {sorted(best)}'
+    best = t[full].loc[t[full].groupby('arm')['mean'].idxmax()]
+    assert set(t.arm) == set(best.arm) == set(GRID) and (t[full].groupby('arm').size() == 3).all()
+    assert best.chosen.all(), f'not the best of their finalists: {list(best.arm[~best.chosen])}'
 
 
 def dry_run(target: str, cwd, *options) -> str:
@@ -220,8 +226,8 @@ def dry_run(target: str, cwd, *options) -> str:
     return found.stdout+found.stderr
 
 
-@pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3), ('tuning', sum(map(len, GRID.values()))), # six baselines have three rewards and three seeds, direct has one reward
-                                          ('ablations', 3*(6+10)), ('questions', 3*5+3*(1+3+3)), ('rewards', 6*3*3+2*3+5)])
+@pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3), ('tuning', sum(map(len, (*GRID.values(), *FINALISTS.values())))), # six baselines have three rewards and three seeds, direct has one reward
+                                          ('ablations', 3*(6+10)+5), ('questions', 3*5+3*(1+5+3)), ('rewards', 6*3*3+2*5+5)])
 def test_the_plan_has_every_run(tmp_path, target, runs):
     assert ['run', str(runs)] in [line.split() for line in dry_run(target, tmp_path, '-q', 'rules').splitlines()]
 

@@ -4,6 +4,7 @@ REWARDS = ('image_reward', 'attribute_binding', 'text_alignment')
 # item, notebook, what it says; {reward} stands for each main reward
 ITEMS = (
     ('tab_main', '12_comparison', 'every arm, reward, split, 1 and 2 steps: means, intervals, differences, FID, diversity, cost'),
+    ('tab_converged', '12_comparison', 'what more distillation alone does to the two-step student, at two learning rates'),
     ('tab_efficiency', '12_comparison', 'reward calls and seconds that each arm needs to win half of the head-room'),
     ('tab_tuning', '12_comparison', 'what each arm tried on validation prompts, and what it ships with'),
     ('fig_curves_{reward}', '12_comparison', 'true reward of every arm against reward calls and wall-clock; test reward, held-out reward and FID below'),
