@@ -33,14 +33,14 @@ from .surrogate import SurrogateReward, frozen, ordered_pairs, rank_accuracy
 @dataclass(frozen=True)
 class BaselineOptions(Options):
     "What the baselines add to `Options`; each field names its method first."
-    clip_range: float = 1e-4 # rlcm: half-width of the ratio's clip, as published for 64x64x4 latents; rescaled to the latents at hand
+    clip_range: float = 3e-5 # rlcm: half-width of the ratio's clip for 64x64x4 latents, published 1e-4; rescaled to the latents at hand
     adv_clip: float = 10.    # rlcm: greatest advantage; published
     history: int = 32        # rlcm: rewards remembered of each prompt; published 16 or 32
     min_count: int = 6       # rlcm: with fewer rewards of a prompt the batch's statistics serve; published 16
-    dpo_beta: float = 50.    # diffusion_dpo: published 5000, for latents 64 times as large
-    pso_beta: float = 50.    # pso: published
+    dpo_beta: float = 20.    # diffusion_dpo: published 5000, for latents 64 times as large
+    pso_beta: float = 500.   # pso: published 50
     pso_clip: float = .1     # pso: half-width of the ratio's clip; published
-    top: float = .3          # gors_lcm: share of the samples that is kept
+    top: float = .1          # gors_lcm: share of the samples that is kept
     gors_form: str = 'lcm'   # gors_lcm: 'lcm', or 'x0' for plain regression onto the kept samples
 
 # %% ../nbs/10_baselines.ipynb #0012
@@ -535,8 +535,8 @@ def restore(self: Direct, tensors: dict):
 
 # %% ../nbs/10_baselines.ipynb #0173
 ARMS.update({'rlcm': (RLCM, dict(lr=4e-4, c=0., max_norm=5.)), 'rlcm-dropped': (RLCMDropped, dict(lr=4e-4, c=0., max_norm=5.)),
-             'diffusion_dpo': (DiffusionDPO, dict(lr=1e-4, c=0.)), 'pso': (PSO, dict(lr=4e-4, c=0.)), 'gors_lcm': (GORS, dict(c=0.)),
-             'reward_guided': (RewardGuided, {}), 'direct': (Direct, dict(lr=8e-4, c2=.5))})
+             'diffusion_dpo': (DiffusionDPO, dict(lr=1e-4, c=0.)), 'pso': (PSO, dict(lr=2e-4, c=0.)), 'gors_lcm': (GORS, dict(c=0.)),
+             'reward_guided': (RewardGuided, dict(lr=1e-4)), 'direct': (Direct, dict(lr=8e-4))})
 
 # %% ../nbs/10_baselines.ipynb #0180
 FIRST_SIZES = dict(pretrain_prompts=150, pretrain_steps=100, collect_prompts=8, surrogate_steps=4) # of the first round, for arms that collect before they learn

@@ -58,7 +58,7 @@ class Options:
     pretrain_prompts: int = 150; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
     outer_steps: int = 20; generator_steps: int = 2; surrogate_steps: int = 4; collect_prompts: int = 8 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 64
-    lr: float = 2e-4              # generator
+    lr: float = 4e-4              # generator
     warmup: int = 8               # updates in which its rate rises
     surrogate_lr: float = 5e-4
     backbone: str = 'unet-whole'  # of the surrogate: the teacher's whole UNet; 'unet', its down and mid blocks (stated); 'clip' or 'blip'

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFIG', 'SMALL_BLOCKS', 'CLIP_MEAN', 'CLIP_STD',
            'YES', 'NO', 'START', 'PLACES', 'QUESTION', 'FULL_REWARDS', 'FULL_VAE', 'LADDER', 'OVERHEAD', 'CAPTIONS',
-           'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS', 'CARD', 'BUILT_IN', 'Form', 'full_unet', 'count_parameters',
-           'small_unet', 'small_pipeline', 'small_form', 'located', 'load_part', 'check_unet', 'load_unet',
-           'check_fits', 'load_pipeline_parts', 'FewStep', 'load_few_step', 'fingerprint', 'cached_prompts',
-           'drop_text_encoders', 'pixels_for', 'reward_folder', 'missing', 'stand_ins', 'image_reward_module',
-           'transformers_verbosity', 'bert_tokenizer', 'mend_bert', 'load_image_reward', 'image_reward', 'look',
-           'answer_logits', 'ask_blip', 'noun_phrases', 'load_spacy', 'attribute_binding', 'bertscore_recall',
-           'text_encoder', 'caption', 'text_alignment', 'clip_score', 'load_full_reward', 'serve', 'answer', 'Arriving',
-           'Elsewhere', 'elsewhere', 'put_back', 'twice', 'checkpoint_block', 'Processes', 'Gather', 'Share', 'cut',
-           'InParts', 'in_parts', 'decode_in_parts', 'Shared', 'Joined', 'FusedAttention', 'keep', 'saved', 'gigabytes',
-           'Counted', 'count_pass', 'meta_inputs', 'meta_unet', 'Alive', 'decode_memory', 'Setting', 'as_json',
-           'student_pass', 'surrogate_pass', 'full_configs', 'configs_of', 'activations', 'weights_memory',
-           'memory_plan', 'choose_setting', 'free_memory', 'read_texts', 'prompt_file', 'read_table', 'read_prompt_set',
-           'readable', 'Protocol', 'draw_set', 'save_picture', 'inception', 'fid_statistics', 'reference_statistics',
-           'fid', 'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard', 'spread', 'tune_options',
-           'make_tune_task', 'draw_grid', 'TunedRun', 'tune', 'usage', 'model_card', 'write_outputs', 'export_merged',
-           'update_flops']
+           'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS', 'PUBLISHED', 'CARD', 'BUILT_IN', 'Form', 'full_unet',
+           'count_parameters', 'small_unet', 'small_pipeline', 'small_form', 'located', 'load_part', 'check_unet',
+           'load_unet', 'check_fits', 'load_pipeline_parts', 'FewStep', 'load_few_step', 'fingerprint',
+           'cached_prompts', 'drop_text_encoders', 'pixels_for', 'reward_folder', 'missing', 'stand_ins',
+           'image_reward_module', 'transformers_verbosity', 'bert_tokenizer', 'mend_bert', 'load_image_reward',
+           'image_reward', 'look', 'answer_logits', 'ask_blip', 'noun_phrases', 'load_spacy', 'attribute_binding',
+           'bertscore_recall', 'text_encoder', 'caption', 'text_alignment', 'clip_score', 'load_full_reward', 'serve',
+           'answer', 'Arriving', 'Elsewhere', 'elsewhere', 'put_back', 'twice', 'checkpoint_block', 'Processes',
+           'Gather', 'Share', 'cut', 'InParts', 'in_parts', 'decode_in_parts', 'Shared', 'Joined', 'FusedAttention',
+           'keep', 'saved', 'gigabytes', 'Counted', 'count_pass', 'meta_inputs', 'meta_unet', 'Alive', 'decode_memory',
+           'Setting', 'as_json', 'student_pass', 'surrogate_pass', 'full_configs', 'configs_of', 'activations',
+           'weights_memory', 'memory_plan', 'choose_setting', 'free_memory', 'read_texts', 'prompt_file', 'read_table',
+           'read_prompt_set', 'readable', 'Protocol', 'draw_set', 'save_picture', 'inception', 'fid_statistics',
+           'reference_statistics', 'fid', 'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard',
+           'spread', 'tune_options', 'make_tune_task', 'draw_grid', 'TunedRun', 'tune', 'usage', 'model_card',
+           'write_outputs', 'export_merged', 'update_flops']
 
 # %% ../nbs/14_sdxl.ipynb #0003
 import copy, functools, hashlib, importlib, importlib.util, json, math, os, re, shutil, sys, tempfile, types, warnings, weakref
@@ -981,11 +981,13 @@ def spread(arm, processes: Processes, s: Setting, dtype=None # of autocast
 # %% ../nbs/14_sdxl.ipynb #0212
 SDXL_OPTIONS = dict(backbone='unet', lr=3e-5, surrogate_lr=1e-4, lcm_batch=8, groups=4, buffer=2048, warmup=10) # not stated; we chose: rates between those of METHODS 2.3 and 4.5, batches that a card can hold
 
+PUBLISHED = dict(clip_range=1e-4, dpo_beta=5000., pso_beta=50.) # for latents of this size; the defaults were found for the shapes pipeline, as the arms' rates were
+
 def tune_options(arm: str, profile: str, s: Setting, **overrides):
     "An arm's options at size."
     cls, changed = find_arm(arm)
-    fitted = dict(lora_rank=s.lora_rank, surrogate_rank=s.surrogate_rank, sample_batch=s.sample_batch)
-    return make_options(profile, cls.Options, **changed | SDXL_OPTIONS | fitted | overrides) # an arm's rate was found for the shapes pipeline
+    fitted = {k: v for k, v in PUBLISHED.items() if hasattr(cls.Options, k)} | dict(lora_rank=s.lora_rank, surrogate_rank=s.surrogate_rank, sample_batch=s.sample_batch)
+    return make_options(profile, cls.Options, **changed | SDXL_OPTIONS | fitted | overrides)
 
 # %% ../nbs/14_sdxl.ipynb #0215
 def make_tune_task(model: FewStep, reward, texts: list[str], cond: Conditioning, options, num_steps: int, seed: int, data=None, held_out=None) -> Task:

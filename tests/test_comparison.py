@@ -128,7 +128,7 @@ def test_p_is_corrected_over_the_arms_of_a_reward(drawn):
 
 def test_more_distillation_alone(drawn):
     t = table(drawn[0], 'tab_converged')
-    assert set(t.lr) == {2e-4, 1e-4} and set(t.reward) == set(REWARDS) and (t.ci_low <= t.diff_vs_base).all() and (t.diff_vs_base <= t.ci_high).all()
+    assert set(t.lr) == {4e-4, 1e-4} and set(t.reward) == set(REWARDS) and (t.ci_low <= t.diff_vs_base).all() and (t.diff_vs_base <= t.ci_high).all()
     assert set(table(drawn[1], 'tab_converged').setting) == {'default'} # where the other was not run
 
 
