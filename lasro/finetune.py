@@ -55,8 +55,8 @@ class ScoreNormaliser:
 @dataclass(frozen=True)
 class Options:
     "What can be chosen in a run. Not stated in the paper unless its comment says so."
-    pretrain_prompts: int = 150; n_noises: int = 6; pretrain_steps: int = 100 # n_noises is N_s: stated, 6
-    outer_steps: int = 20; generator_steps: int = 2; surrogate_steps: int = 4; collect_prompts: int = 8 # stated: K1 in 1..10, K2 in 1..50
+    pretrain_prompts: int = 70; n_noises: int = 6; pretrain_steps: int = 60 # n_noises is N_s: stated, 6
+    outer_steps: int = 20; generator_steps: int = 2; surrogate_steps: int = 6; collect_prompts: int = 12 # stated: K1 in 1..10, K2 in 1..50
     batch_size: int = 64
     lr: float = 4e-4              # generator
     warmup: int = 8               # updates in which its rate rises
