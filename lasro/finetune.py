@@ -359,12 +359,14 @@ def probe(task: Task, n: int, batch_size: int = 64) -> dict: # mean and deviatio
 class HackingAlarm:
     "Signs of a hacked reward in the rows of a run; a sign that cannot be read is not given."
     rounds: int = 8   # that the rank correlation is averaged over
-    rank: float = .1  # its least mean
+    rank: float = .05 # its least mean
+    probes: int = 3   # that the other two are averaged over
     loss: float = 1.2 # of the held-out reward beyond the gain of the trained one, in deviations
-    rise: float = 2.  # of the probe's FID, over the first one
+    rise: float = 3.  # of the probe's FID, over the first one
     def __call__(self, rows: list[dict]) -> dict[str, str]: # sign: what is seen, and what to do
-        probes = [r for r in rows if 'probe_reward' in r] or [{}]
-        seen = dict(rank=self.order_lost(rows), held_out=self.price_paid(probes[0], probes[-1]), fid=self.pictures_spoilt(probes[0], probes[-1]))
+        first, *later = [r for r in rows if 'probe_reward' in r] or [{}]
+        last = later[-self.probes:] if len(later) >= self.probes else []
+        seen = dict(rank=self.order_lost(rows), held_out=self.price_paid(first, last), fid=self.pictures_spoilt(first, last))
         return {sign: words for sign, words in seen.items() if words}
 
 # %% ../nbs/09_lasro.ipynb #0079
@@ -375,15 +377,17 @@ def order_lost(self: HackingAlarm, rows: list[dict]) -> str: # '' where all is w
     return f'the surrogate no longer orders fresh samples as the reward does (rank correlation {sum(rho)/len(rho):.2f} over {self.rounds} rounds): train it more (surrogate_steps, collect_prompts) or pull less (c2, lr)'
 
 @patch
-def pictures_spoilt(self: HackingAlarm, first: dict, last: dict) -> str:
-    if 'probe_fid' not in last or last['probe_fid'] <= self.rise*first['probe_fid']: return ''
-    return f"FID rose from {first['probe_fid']:.2f} to {last['probe_fid']:.2f}: pull less (c2, lr) or weigh the LCM loss more (c)"
+def pictures_spoilt(self: HackingAlarm, first: dict, last: list[dict]) -> str:
+    if 'probe_fid' not in first or not last: return ''
+    fid = sum(r['probe_fid'] for r in last)/len(last)
+    if fid <= self.rise*first['probe_fid']: return ''
+    return f"FID rose from {first['probe_fid']:.2f} to {fid:.2f}: pull less (c2, lr) or weigh the LCM loss more (c)"
 
 # %% ../nbs/09_lasro.ipynb #0080
 @patch
-def price_paid(self: HackingAlarm, first: dict, last: dict) -> str:
-    if 'probe_held_out' not in last: return ''
-    won, lost = ((last[k]-first[k])/max(first[f'{k}_std'], 1e-8) for k in ('probe_reward', 'probe_held_out'))
+def price_paid(self: HackingAlarm, first: dict, last: list[dict]) -> str:
+    if 'probe_held_out' not in first or not last: return ''
+    won, lost = (sum(r[k]-first[k] for r in last)/len(last)/max(first[f'{k}_std'], 1e-8) for k in ('probe_reward', 'probe_held_out'))
     if -lost-won <= self.loss: return ''
     return f'the held-out reward changed by {lost:+.2f} deviations, the trained one by {won:+.2f}: pull less (c2, lr), stop earlier, or train on both rewards'
 
@@ -398,8 +402,8 @@ def note_alarm(rows: list[dict] # the last one is new
 
 # %% ../nbs/09_lasro.ipynb #0086
 def first_alarms(rows: list[dict]) -> dict[str, int]: # sign: update of its first row
-    "When each sign came first."
-    signs = [(sign, r['step']) for r in rows for sign in r.get('alarm', '').split()]
+    "When each sign came first, by today's bounds."
+    signs = [(sign, r['step']) for k, r in enumerate(rows) for sign in HackingAlarm()(rows[:k+1])]
     return dict(reversed(signs))
 
 # %% ../nbs/09_lasro.ipynb #0089

@@ -1,10 +1,12 @@
 "Backbones of the surrogate, and the alarm over whole runs."
 import csv, json, logging
 
+import pandas as pd
 import pytest, torch
 
 from lasro.core import randn, generator
-from lasro.finetune import HackingAlarm, finetune
+from lasro.evaluation import read_runs
+from lasro.finetune import HackingAlarm, finetune, first_alarms
 from lasro.models import encode_prompts, load_teacher
 from lasro.surrogate import BACKBONES, frozen, make_surrogate, ordered_pairs, rank_accuracy, surrogate_step
 
@@ -73,6 +75,18 @@ def test_the_alarm_is_silent_and_changes_nothing(pipe, tmp_path, monkeypatch, ca
     b = finetune(pipe, redness, PROMPTS, out=tmp_path/'b', **LONG | dict(outer_steps=2))
     assert not [m for m in caplog.messages if 'hacking alarm' in m] and not any(alarms(tmp_path/'a'))
     assert all(torch.equal(p, q) for p, q in zip(a.pipe.unet.parameters(), b.pipe.unet.parameters()))
+
+
+@pytest.mark.parametrize('arm, signs', [('lasro', set()), ('lasro-frozen', {'held_out'})])
+def test_committed_runs(arm, signs):
+    "Every frozen surrogate is found out, and no default run is."
+    runs = read_runs('lab', arm=arm, setting='default', num_steps=2, split='test')
+    runs = [r for r in runs if arm != 'lasro' or r.record['reward'] in ('image_reward', 'attribute_binding', 'text_alignment')]
+    assert len(runs) >= 3
+    for run in runs:
+        rows = [{k: v for k, v in row.items() if v == v} for row in pd.read_csv(run.folder/'metrics.csv').to_dict('records')]
+        found = set(first_alarms(rows))
+        assert found >= signs and (signs or not found), (run.folder, found)
 
 
 def test_a_held_out_reward_that_cannot_read_the_prompts_is_left_out(pipe):
