@@ -358,16 +358,14 @@ def probe(task: Task, n: int, batch_size: int = 64) -> dict: # mean and deviatio
 @dataclass(frozen=True)
 class HackingAlarm:
     "Signs of a hacked reward in the rows of a run; a sign that cannot be read is not given."
-    rounds: int = 8   # that the rank correlation is averaged over
-    rank: float = .05 # its least mean
+    rounds: int = 8; rank: float = .05 # the least mean rank correlation, over so many rounds
     probes: int = 3   # that the other two are averaged over
     loss: float = 1.2 # of the held-out reward beyond the gain of the trained one, in deviations
     rise: float = 3.  # of the probe's FID, over the first one
     def __call__(self, rows: list[dict]) -> dict[str, str]: # sign: what is seen, and what to do
         first, *later = [r for r in rows if 'probe_reward' in r] or [{}]
         last = later[-self.probes:] if len(later) >= self.probes else []
-        seen = dict(rank=self.order_lost(rows), held_out=self.price_paid(first, last), fid=self.pictures_spoilt(first, last))
-        return {sign: words for sign, words in seen.items() if words}
+        return {k: v for k, v in dict(rank=self.order_lost(rows), held_out=self.price_paid(first, last), fid=self.pictures_spoilt(first, last)).items() if v}
 
 # %% ../nbs/09_lasro.ipynb #0079
 @patch
@@ -378,9 +376,8 @@ def order_lost(self: HackingAlarm, rows: list[dict]) -> str: # '' where all is w
 
 @patch
 def pictures_spoilt(self: HackingAlarm, first: dict, last: list[dict]) -> str:
-    if 'probe_fid' not in first or not last: return ''
-    fid = sum(r['probe_fid'] for r in last)/len(last)
-    if fid <= self.rise*first['probe_fid']: return ''
+    fid = sum(r.get('probe_fid', 0.) for r in last)/max(1, len(last))
+    if fid <= self.rise*first.get('probe_fid', math.inf): return ''
     return f"FID rose from {first['probe_fid']:.2f} to {fid:.2f}: pull less (c2, lr) or weigh the LCM loss more (c)"
 
 # %% ../nbs/09_lasro.ipynb #0080
