@@ -7,8 +7,8 @@ __all__ = ['NO_DATA', 'bootstrap', 'claim_verdict', 'agreement', 'pseudo_values'
            'note_call', 'SampleGradients', 'analysis_task', 'visit', 'mean_distance', 'latent_diversity',
            'diversity_records', 'score_vectors', 'advantages', 'rewards_of', 'policy_terms', 'advantage_slope',
            'true_terms', 'term_rows', 'degeneracy_records', 'unit_direction', 'smoothness_records', 'jacobian_norm',
-           'jacobian_records', 'pair_weights', 'policy_pool', 'direct_pool', 'surrogate_gradient', 'random_directions',
-           'common_noise_differences', 'quality', 'gradient_pools', 'gradient_records']
+           'jacobian_records', 'pair_weights', 'policy_pool', 'direct_pool', 'surrogate_gradient', 'orthonormal',
+           'common_noise_differences', 'joined', 'quality', 'gradient_pools', 'reliability', 'gradient_records']
 
 # %% ../nbs/11_analysis.ipynb #0003
 import math
@@ -36,11 +36,12 @@ from .surrogate import frozen, ordered_pairs
 def bootstrap(statistic, # of arrays: a number; nan where it is not defined
               *sets, # arrays with independent rows, and independent of each other
               resamples: int = 1000, seed: int = 0) -> Interval:
-    "A statistic with its 95 % interval, by bootstrap over the rows of every set."
+    "A statistic with its 95 % interval, by bootstrap over the rows of every set; without ends (nan) where it is often undefined."
     sets, rng = [np.asarray(x, dtype=float) for x in sets], np.random.default_rng(seed)
-    found = [statistic(*(x[rng.integers(len(x), size=len(x))] for x in sets)) for _ in range(resamples)]
-    found = [f for f in found if np.isfinite(f)] or [np.nan]
-    return Interval(float(statistic(*sets)), *map(float, np.quantile(found, (.025, .975))))
+    found = np.array([statistic(*(x[rng.integers(len(x), size=len(x))] for x in sets)) for _ in range(resamples)])
+    defined = found[np.isfinite(found)]
+    ends = np.quantile(defined, (.025, .975)) if len(defined) >= .975*resamples else (np.nan, np.nan)
+    return Interval(float(statistic(*sets)), *map(float, ends))
 
 # %% ../nbs/11_analysis.ipynb #0033
 def claim_verdict(interval: Interval, bound: float, above: bool = True # does the claim say "above"?
@@ -271,12 +272,13 @@ def pair_weights(prompt: torch.Tensor, rewards: torch.Tensor # (N,) each
 
 # %% ../nbs/11_analysis.ipynb #0101
 def policy_pool(task: Task, grads: SampleGradients, rewards: dict, # name: Reward
-                blocks: int, visits: int, n_noises: int # of each block
+                blocks: int, visits: int, n_noises: int, # of each block
+                *stream # names the noise
                ) -> tuple[dict, dict]: # (reward, arm): (blocks, P); latents, prompt and every reward, (samples, ...)
     "Labelled two-step samples in independent blocks, and what the policy gradients make of each."
     vectors, kept = {}, []
     for b in range(blocks):
-        prompt, noise, injected = visit(task, 2, visits, n_noises, 'pool', b)
+        prompt, noise, injected = visit(task, 2, visits, n_noises, 'pool', *stream, b)
         s, z = score_vectors(task, grads, prompt, noise, injected, 2)
         labels = {name: rewards_of(task, prompt, z, reward) for name, reward in rewards.items()}
         kept.append(dict(latents=z, prompt=prompt, **labels))
@@ -286,11 +288,11 @@ def policy_pool(task: Task, grads: SampleGradients, rewards: dict, # name: Rewar
     return {k: torch.stack(v) for k, v in vectors.items()}, {k: torch.cat([x[k] for x in kept]) for k in kept[0]}
 
 # %% ../nbs/11_analysis.ipynb #0103
-def direct_pool(task: Task, grads: SampleGradients, blocks: int, visits: int, n_noises: int) -> torch.Tensor: # (blocks, P)
+def direct_pool(task: Task, grads: SampleGradients, blocks: int, visits: int, n_noises: int, *stream) -> torch.Tensor: # (blocks, P)
     "The true reward's gradient through decoder and both steps, of blocks of samples."
     out = []
     for b in range(blocks):
-        prompt, noise, injected = visit(task, 2, visits, n_noises, 'direct', b)
+        prompt, noise, injected = visit(task, 2, visits, n_noises, 'direct', *stream, b)
         z = sample(task.pipe.unet, task.cond[prompt], noise, injected).final
         out.append(grads(task.reward(decode(task.pipe.vae, z), [task.texts[i] for i in prompt.tolist()])[0]).sum(1).mean(0))
     return torch.stack(out)
@@ -312,19 +314,20 @@ def surrogate_gradient(task: Task, grads: SampleGradients, latents, prompt, rewa
     return total/samples
 
 # %% ../nbs/11_analysis.ipynb #0109
-def random_directions(size: int, n: int, g: torch.Generator) -> torch.Tensor: # (n, size)
-    "Directions of norm 1."
-    return F.normalize(randn(n, size, generator=g), dim=1)
+def orthonormal(vectors: torch.Tensor # (K, P), independent
+               ) -> torch.Tensor: # (K, P), of norm 1 and at right angles
+    "Directions that span the same space."
+    return torch.linalg.qr(vectors.T)[0].T.contiguous()
 
 # %% ../nbs/11_analysis.ipynb #0111
 @torch.no_grad()
 def common_noise_differences(task: Task, grads: SampleGradients, directions: torch.Tensor, # (K, P)
                              rewards: list, # of Reward
-                             h: float, batches: int, batch_size: int) -> torch.Tensor: # (rewards, batches, K)
+                             h: float, batches: int, batch_size: int, *stream) -> torch.Tensor: # (rewards, batches, K)
     "Slopes of the mean rewards along directions of the adapter, by differences with common noise."
     rows = []
     for b in range(batches):
-        prompt, noise, injected = visit(task, 2, batch_size, 1, 'differences', b)
+        prompt, noise, injected = visit(task, 2, batch_size, 1, 'differences', *stream, b)
         texts = [task.texts[i] for i in prompt.tolist()]
         def means(vector):
             nn.utils.vector_to_parameters(vector, grads.weights)
@@ -335,46 +338,53 @@ def common_noise_differences(task: Task, grads: SampleGradients, directions: tor
     return torch.stack(rows, 1)
 
 # %% ../nbs/11_analysis.ipynb #0116
-def quality(blocks: torch.Tensor, # (K, P), independent
-            joined: int, # blocks of one estimate
-            reference: torch.Tensor | None, # (P,); None takes the other blocks
+def joined(blocks: torch.Tensor, # (K, P), independent
+           k: int) -> torch.Tensor: # (K//k, P)
+    "Means of k blocks each."
+    return blocks[:len(blocks)//k*k].unflatten(0, (-1, k)).mean(1)
+
+def quality(estimates: list, # of each repeat, (E, P)
+            references: list, # of each repeat: view of a gradient, what that view should be
             **columns) -> list[dict]: # a row for each estimate
-    "Cosine with the reference, and mean cosine with the other estimates (nan if there is none)."
-    g = blocks[:len(blocks)//joined*joined].unflatten(0, (-1, joined)).mean(1)
-    others = (blocks.sum(0)-joined*g)/(len(blocks)-joined) if reference is None else reference.expand_as(g)
-    cosine, agree = F.cosine_similarity(g, others), agreement(F.normalize(g, dim=1))[0] if len(g) > 1 else torch.tensor([torch.nan])
-    return [dict(columns, repeat=i, cosine=c, agreement=a) for i, (c, a) in enumerate(zip(cosine.tolist(), agree.tolist()))]
+    "Cosine with the repeat's reference, and mean cosine with all other estimates (nan if there is none)."
+    every = F.normalize(torch.cat(estimates), dim=1)
+    agree = iter(agreement(every)[0].tolist() if len(every) > 1 else [float('nan')]*len(every))
+    return [dict(columns, repeat=i, cosine=c, agreement=next(agree)) for i, (g, (along, reference)) in enumerate(zip(estimates, references)) for c in F.cosine_similarity(along(g), reference[None]).tolist()]
 
 # %% ../nbs/11_analysis.ipynb #0119
 def gradient_pools(task: Task, # with a differentiable reward
                    grads: SampleGradients, black_box, # a Reward without gradient
-                   size: dict # blocks, visits, n_noises; directions, h, batches, batch_size
-                  ) -> tuple: # (reward, arm): (blocks, P); labelled samples; reward: (view of a gradient, reference); the differences checked where the gradient is known
+                   size: dict, # blocks, reference (blocks), visits, n_noises; directions, h, batches, batch_size
+                   repeat: int = 0) -> tuple: # (reward, arm): (blocks, P); labelled samples; reward: (view of a gradient, blocks of the reference)
     "What the policy gradients, `direct` and the differences make of the same model."
-    each = {k: size[k] for k in ('blocks', 'visits', 'n_noises')}
-    vectors, labelled = policy_pool(task, grads, {r.name: r for r in (task.reward, black_box)}, **each)
-    vectors[task.reward.name, 'direct'] = direct = direct_pool(task, grads, **each)
-    d = random_directions(grads.size, size['directions'], task.stream('directions'))
-    known, slopes = common_noise_differences(task, grads, d, [task.reward, black_box], *(size[k] for k in ('h', 'batches', 'batch_size')))
-    compared = {task.reward.name: (lambda g: g, direct), black_box.name: (lambda g: g @ d.T, slopes)}
-    return vectors, labelled, compared, F.cosine_similarity(known.mean(0), direct.mean(0) @ d.T, dim=0)
+    of_block = size['visits'], size['n_noises']
+    vectors, labelled = policy_pool(task, grads, {r.name: r for r in (task.reward, black_box)}, size['blocks'], *of_block, repeat)
+    vectors[task.reward.name, 'direct'] = direct_pool(task, grads, size['blocks'], *of_block, 'estimate', repeat)
+    d = orthonormal(direct_pool(task, grads, size['directions'], *of_block, 'directions', repeat))
+    known, slopes = common_noise_differences(task, grads, d, [task.reward, black_box], *(size[k] for k in ('h', 'batches', 'batch_size')), repeat)
+    reference = direct_pool(task, grads, size['reference'], *of_block, 'reference', repeat)
+    return vectors, labelled, {task.reward.name: (lambda g: g, reference), black_box.name: (lambda g: g @ d.T, slopes), 'check': (lambda g: g @ d.T, known)}
 
 # %% ../nbs/11_analysis.ipynb #0121
-def gradient_records(task: Task, grads: SampleGradients, pools: tuple, # of `gradient_pools`
+def reliability(blocks: torch.Tensor # (K, P), independent
+               ) -> float: # at most 1; below 0 by chance
+    "The share of the square of the blocks' mean that is signal."
+    product, squares = (x.mean() for x in agreement(blocks))
+    return float(len(blocks)*product/(squares+(len(blocks)-1)*product))
+
+# %% ../nbs/11_analysis.ipynb #0b6cc767
+def gradient_records(task: Task, grads: SampleGradients, pools: list, # of `gradient_pools`, one for each repeat
                      options, # of LaSRO
-                     size: dict # besides the pools' sizes: joined, repeats, samples
+                     size: dict # besides the pools' sizes: joined, samples
                     ) -> pd.DataFrame:
     "Rows of `quality` for both rewards, every method, and growing numbers of reward calls."
-    (vectors, labelled, compared, check), n = pools, size['visits']*size['n_noises']
-    rows = [dict(reward=task.reward.name, arm='differences', calls=size['batches']*size['batch_size'], repeat=0, cosine=float(check), agreement=float('nan'))]
-    def add(g, k, reward, arm, calls, reference): rows.extend(quality(g, k, reference, reward=reward, arm=arm, calls=calls))
-    for (name, arm), v in vectors.items():
-        along, reference = compared[name]
-        for k in size['joined']: add(along(v), k, name, arm, k*n, None if arm == 'direct' else reference.mean(0))
-    for name, (along, reference) in compared.items():
-        if (name, 'direct') not in vectors: add(reference, 1, name, 'reference', size['batch_size'], None)
-        for k in size['joined']:
-            parts = [[labelled[x][i*k*n:(i+1)*k*n] for x in ('latents', 'prompt', name)] for i in range(size['repeats'])]
-            trained = torch.stack([surrogate_gradient(task, grads, *part, options, size['samples'], i) for i, part in enumerate(parts)])
-            add(along(trained), 1, name, 'surrogate', k*n, reference.mean(0))
+    rows, n = [], size['visits']*size['n_noises']
+    references = {name: [(p[2][name][0], p[2][name][1].mean(0)) for p in pools] for name in pools[0][2]}
+    for i, (_, _, compared) in enumerate(pools): rows += [dict(reward=name, arm='reference', calls=0, repeat=i, cosine=float('nan'), agreement=reliability(compared[name][1])) for name in list(compared)[:2]]
+    for i, p in enumerate(pools): rows.append(dict(reward=task.reward.name, arm='differences', calls=0, repeat=i, cosine=float(F.cosine_similarity(references['check'][i][1], references['check'][i][0](p[2][task.reward.name][1].mean(0)), dim=0)), agreement=float('nan')))
+    for k in size['joined']:
+        for name, arm in pools[0][0]: rows += quality([joined(p[0][name, arm], k) for p in pools], references[name], reward=name, arm=arm, calls=k*n)
+        for name in list(references)[:2]:
+            trained = [surrogate_gradient(task, grads, *(p[1][x][:k*n] for x in ('latents', 'prompt', name)), options, max(size['samples'], k*n), i)[None] for i, p in enumerate(pools)]
+            rows += quality(trained, references[name], reward=name, arm='surrogate', calls=k*n)
     return pd.DataFrame(rows)
