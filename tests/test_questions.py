@@ -14,12 +14,12 @@ from lasro.finetune import make_options, run_arm
 from lasro.models import load_pipeline, load_teacher
 
 BINDING, NAMES = 'attribute_binding', ('relation', 'free_margin')
-TYPES = ('image_reward', BINDING, f'{BINDING}_strict')
-HELD_ASIDE = 'a claim of another notebook'
+TYPES = ('image_reward', BINDING, 'jackpot')
+HELD_ASIDE, N_SEEDS = 'a claim of another notebook', 3
 
 
 def fake_value():
-    "A committed record of the value function: by Bradley-Terry the surrogate knows the value of image_reward exactly, of attribute_binding nothing, of the strict form only the order within a prompt."
+    "A committed record of the value function: by Bradley-Terry the surrogate knows the value of image_reward exactly, of attribute_binding nothing, of the jackpot only the order within a prompt."
     rng, rows = np.random.default_rng(0), []
     for name in TYPES:
         v, offset = rng.uniform(size=(16, 8)), rng.normal(0, 3, (16, 1))
@@ -34,15 +34,15 @@ def fake_value():
 
 def fake_runs():
     fake('base', 'none', 0)
-    for seed in range(2):
+    for seed in range(N_SEEDS):
         fake('lcm_continued', 'none', seed)
         fake('pso', BINDING, seed)
         for arm in ('lasro', 'lasro-frozen', 'lasro-second-only'): fake(arm, BINDING, seed)
     for arm, reward, n, setting in PLAN['questions']:
-        for seed in range(1 if arm == 'base' else 2): fake(arm, reward, seed, setting, overrides=settings('lab', n).get(setting), num_steps=n)
+        for seed in range(1 if arm == 'base' else N_SEEDS): fake(arm, reward, seed, setting, overrides=settings('lab', n).get(setting), num_steps=n)
     for arm, reward, n, setting in PLAN['rewards']:
         name = reward.split(':')[-1]
-        for seed in range(1 if arm == 'base' else 2) if name in NAMES else (): fake(arm, name, seed)
+        for seed in range(1 if arm == 'base' else N_SEEDS) if name in NAMES else (): fake(arm, name, seed)
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +75,7 @@ def words(folder) -> str:
 def test_n_s(drawn):
     t = table(drawn[0], 'tab_ns')
     rows = t[t.split == 'all'].set_index('n_s')
-    assert list(rows.index) == [1, 2, 4, 6, 8, 16] and set(t.split) == {'held_out', 'all'} and (t.n_seeds == 2).all()
+    assert list(rows.index) == [1, 2, 4, 6, 8, 16] and set(t.split) == {'held_out', 'all'} and (t.n_seeds == N_SEEDS).all()
     assert list(rows.pretrain_prompts) == [420, 210, 105, 70, 52, 36] and list(rows.collect_prompts) == [72, 36, 18, 12, 9, 4]
     assert {'ci_low', 'ci_high', 'fid', 'reward_calls', 'calls_to_half', 'calls_ci_low', 'updates_to_90', 'updates_ci_high'} <= set(t.columns)
     assert rows.diff_vs_default.isna().tolist() == [n == 6 for n in rows.index] and t[t.split == 'held_out'].updates_to_90.isna().all()
@@ -120,7 +120,7 @@ def test_further_rewards(drawn):
     assert {'asks', 'held_out_reward', 'verdict', 'p_vs_base', 'n_seeds'} <= set(t.columns)
     rows = t[t.split == 'all'].set_index(['reward', 'arm'])
     assert list(rows.loc['relation'].index) == ['base', 'lcm_continued', 'lasro', 'gors_lcm', 'rlcm-dropped'] and list(rows.loc['free_margin'].index) == ['base', 'lasro', 'gors_lcm', 'rlcm-dropped']
-    assert (rows.xs('lasro', level='arm').verdict == 'above base').all() and rows.loc[('relation', 'lcm_continued'), 'n_seeds'] == 2
+    assert (rows.xs('lasro', level='arm').verdict == 'above base').all() and rows.loc[('relation', 'lcm_continued'), 'n_seeds'] == N_SEEDS
     assert rows.loc['relation'].fid.isna().all() and rows.loc['free_margin'].fid.notna().all()
     assert rows.loc[('relation', 'base'), 'held_out_reward'] == 'clip_score' and 'margin' in rows.loc[('free_margin', 'base'), 'asks']
 
@@ -134,7 +134,7 @@ def test_claims(drawn):
     assert len(ordered) == 3+2+2 and (ordered.verdict == by_interval).all() # base, lcm_continued, pso; frozen, second only; the two curves
     main = table(drawn[0], 'tab_main').query("arm == 'pso' and split == 'held_out' and num_steps == 2 and source == 'measured'").iloc[0]
     pso = t[t.claim.str.startswith('lasro is above pso')].iloc[0]
-    assert np.isclose(pso.statistic, -float(main.diff_vs_lasro)) and np.isclose(pso.ci_low, -main.diff_lasro_ci_high) and pso.verdict == 'holds' and pso.n == 2
+    assert np.isclose(pso.statistic, -float(main.diff_vs_lasro)) and np.isclose(pso.ci_low, -main.diff_lasro_ci_high) and pso.verdict == 'holds' and pso.n == N_SEEDS
     affine = t[t.claim.str.contains('affine')]
     assert list(affine.verdict) == ['holds', 'fails', 'fails'] and t.iloc[-1].verdict == 'undecided' and np.isnan(t.iloc[-1].statistic)
     assert '**How many noises a prompt?** Answered.' in words(drawn[0]) and '**Does it work for other rewards?** Answered in part, 2 of 6.' in words(drawn[0])
@@ -145,7 +145,7 @@ def test_without_runs_it_says_which_command_makes_them(drawn):
     assert made == {'fig_value.csv', 'tab_claims.csv', 'tab_claims.md'}
     for target in 'questions', 'rewards': assert f'Not run yet: `snakemake {target} ' in said
     assert set(table(drawn[1], 'tab_claims').notebook) == {'13_questions'} and 'without rows: claims_analysis, tab_main, tab_ablations, fig_hacking' in said
-    assert 'Not answered yet, no run.' in said
+    assert 'Not answered yet, no complete set of runs.' in said
 
 
 @pytest.fixture(scope='module')
