@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUM_TRAIN_TIMESTEPS', 'ORIGINAL_STEPS', 'betas', 'alphas_cumprod', 'lcm_timesteps', 'coefficients', 'denoise',
-           'add_noise', 'Trajectory', 'sample', 'draw_noise']
+           'add_noise', 'Trajectory', 'sample', 'check_steps', 'draw_noise']
 
 # %% ../nbs/03_sampling.ipynb #0003
 from dataclasses import dataclass
@@ -80,10 +80,15 @@ def sample(unet, # or a pipeline
     return Trajectory(inputs, denoised, timesteps)
 
 # %% ../nbs/03_sampling.ipynb #0027
+def check_steps(num_steps: int):
+    "Raise a `ValueError` in one line unless there are 1 to 4 sampling steps."
+    if num_steps not in range(1, 5): raise ValueError(f'{num_steps} sampling steps: give 1 to 4')
+
 def draw_noise(n: int, # samples
-               num_steps: int, # of the sampler
+               num_steps: int, # of the sampler, 1 to 4
                generator: torch.Generator, shape: tuple = (4, 8, 8), # of one latent
                device='cpu', dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]: # x_T (n, ...) and injected (num_steps-1, n, ...)
     "Initial and injected noise for `n` samples, drawn sample by sample so that more steps or samples leave the first ones as they were."
+    check_steps(num_steps)
     draws = torch.stack([torch.randn(4, *shape, generator=generator) for _ in range(n)]).to(device, dtype)
     return draws[:, 0], draws[:, 1:num_steps].transpose(0, 1)

@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFIG', 'SMALL_BLOCKS', 'CLIP_MEAN', 'CLIP_STD',
-           'YES', 'NO', 'START', 'PLACES', 'QUESTION', 'FULL_REWARDS', 'FULL_VAE', 'LADDER', 'OVERHEAD', 'CAPTIONS',
-           'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS', 'PUBLISHED', 'CARD', 'BUILT_IN', 'Form', 'full_unet',
-           'count_parameters', 'small_unet', 'small_pipeline', 'small_form', 'located', 'load_part', 'check_unet',
-           'load_unet', 'check_fits', 'load_pipeline_parts', 'FewStep', 'load_few_step', 'fingerprint',
-           'cached_prompts', 'drop_text_encoders', 'pixels_for', 'reward_folder', 'missing', 'stand_ins',
-           'image_reward_module', 'transformers_verbosity', 'bert_tokenizer', 'mend_bert', 'load_image_reward',
-           'image_reward', 'look', 'answer_logits', 'ask_blip', 'noun_phrases', 'load_spacy', 'attribute_binding',
-           'bertscore_recall', 'text_encoder', 'caption', 'text_alignment', 'clip_score', 'load_full_reward', 'serve',
-           'answer', 'Arriving', 'Elsewhere', 'elsewhere', 'put_back', 'twice', 'checkpoint_block', 'Processes',
-           'Gather', 'Share', 'cut', 'InParts', 'in_parts', 'decode_in_parts', 'Shared', 'Joined', 'FusedAttention',
-           'keep', 'saved', 'gigabytes', 'Counted', 'count_pass', 'meta_inputs', 'meta_unet', 'Alive', 'decode_memory',
-           'Setting', 'as_json', 'student_pass', 'surrogate_pass', 'full_configs', 'configs_of', 'activations',
-           'weights_memory', 'memory_plan', 'choose_setting', 'free_memory', 'read_texts', 'prompt_file', 'read_table',
-           'read_prompt_set', 'readable', 'Protocol', 'draw_set', 'save_picture', 'inception', 'fid_statistics',
-           'reference_statistics', 'fid', 'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard',
-           'spread', 'tune_options', 'make_tune_task', 'draw_grid', 'TunedRun', 'tune', 'usage', 'model_card',
-           'write_outputs', 'export_merged', 'update_flops']
+           'YES', 'NO', 'START', 'PLACES', 'QUESTION', 'FULL_REWARDS', 'HALVES', 'SINGLES', 'FULL_VAE', 'LADDER',
+           'SMALL_LADDER', 'OVERHEAD', 'MARGIN', 'CAPTIONS', 'TABLES', 'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS',
+           'PUBLISHED', 'CARD', 'BUILT_IN', 'Form', 'full_unet', 'count_parameters', 'small_unet', 'small_pipeline',
+           'small_form', 'chosen_form', 'hub_places', 'located', 'load_part', 'check_unet', 'load_unet', 'check_fits',
+           'load_pipeline_parts', 'FewStep', 'free_memory', 'taken_memory', 'weights_gb', 'weights_dtype', 'put_on',
+           'load_few_step', 'fingerprint', 'cached_prompts', 'drop_text_encoders', 'pixels_for', 'reward_folder',
+           'missing', 'stand_ins', 'image_reward_module', 'transformers_verbosity', 'bert_tokenizer', 'mend_bert',
+           'load_image_reward', 'image_reward', 'look', 'answer_logits', 'ask_blip', 'noun_phrases', 'load_spacy',
+           'attribute_binding', 'best_layer', 'bertscore_recall', 'text_encoder', 'caption', 'text_alignment',
+           'clip_score', 'load_full_reward', 'serve', 'answer', 'Arriving', 'Elsewhere', 'elsewhere', 'offline',
+           'put_back', 'twice', 'checkpoint_block', 'Processes', 'Gather', 'Share', 'cut', 'InParts', 'in_parts',
+           'decode_in_parts', 'Shared', 'Joined', 'AsOnGPU', 'keep', 'saved', 'gigabytes', 'Counted', 'count_pass',
+           'meta_inputs', 'meta_unet', 'Alive', 'decode_memory', 'Setting', 'as_json', 'student_pass', 'surrogate_pass',
+           'full_configs', 'configs_of', 'activations', 'weights_memory', 'memory_plan', 'choose_setting', 'read_texts',
+           'read_as', 'some', 'read_table', 'read_prompt_set', 'readable', 'Protocol', 'protocol', 'draw_set',
+           'save_picture', 'inception', 'fid_statistics', 'reference_statistics', 'fid', 'join_processes',
+           'networks_of', 'optimizers_of', 'sum_gradients', 'shard', 'spread', 'tune_options', 'make_tune_task',
+           'draw_grid', 'TunedRun', 'tune', 'usage', 'model_card', 'write_outputs', 'export_merged', 'split_overrides',
+           'Prepared', 'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'draw_protocol', 'update_flops']
 
 # %% ../nbs/14_sdxl.ipynb #0003
 import copy, functools, hashlib, importlib, importlib.util, json, math, os, re, shutil, sys, tempfile, types, warnings, weakref
@@ -53,7 +55,7 @@ from .exploration import vae_latent_shape
 from .finetune import NO_REWARD, Run, Task, finish, find_arm, make_options, sampled_data, train
 from .models import Conditioning, adapter_layers, add_lora, build_towers, check_prompts, decode, encode_prompts, predict_noise, save_lora
 from .rewards import Reward, RewardError, check_rewards, first_line, import_function, load_reward
-from .sampling import alphas_cumprod, draw_noise, lcm_timesteps, sample
+from .sampling import alphas_cumprod, check_steps, draw_noise, lcm_timesteps, sample
 from .shapes import show_images
 from .surrogate import SurrogateReward
 import lasro.baselines # its arms, by name # noqa: F401
@@ -123,6 +125,21 @@ def small_form(name: str, # of `FORMS`
     if form.teacher != form.base: small_unet(architecture).save_pretrained(folder/'teacher'); places |= dict(teacher=str(folder/'teacher'))
     return replace(form, **places)
 
+# %% ../nbs/14_sdxl.ipynb #0023
+def chosen_form(name: str, # of `FORMS`
+                small: Path | None = None, # a folder; small random networks are written to it
+                **places # of `Form`; empty ones stay what they are
+               ) -> Form:
+    "A form with other places where they are given; one line if there is none of that name."
+    if name not in FORMS: raise ValueError(f"there is no model {name!r}: it is one of {', '.join(FORMS)}; BASE, UNET, LORA, TEACHER and VAE change where its parts come from")
+    changed = {k: v for k, v in places.items() if v}
+    if {'base', 'unet', 'lora'} & set(changed): changed['licence'] = f'that of the folders given for {name}'
+    return replace(small_form(name, small) if small else FORMS[name], **changed)
+
+def hub_places(form: Form) -> dict[str, str]:
+    "What would be asked of the hub: the places that are no folders."
+    return {k: v for k, v in vars(form).items() if k in ('base', 'unet', 'lora', 'teacher', 'vae') and v and not Path(v).is_dir()}
+
 # %% ../nbs/14_sdxl.ipynb #0026
 def located(where: str, what: str) -> dict: # keywords of `from_pretrained`
     "How to load from a folder or hub id; one line if it is neither."
@@ -170,12 +187,14 @@ def check_fits(pipe: StableDiffusionXLPipeline, teacher: UNet2DConditionModel, f
     if schedule.prediction_type != 'epsilon' or (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) != (.00085, .012, 'scaled_linear'): raise ValueError(f'{form.base} is trained on another schedule or predicts {schedule.prediction_type}: only epsilon on SDXL\'s schedule can be tuned')
 
 # %% ../nbs/14_sdxl.ipynb #0037
-def load_pipeline_parts(form: Form, dtype) -> StableDiffusionXLPipeline:
+def load_pipeline_parts(form: Form, dtype, unet=None # loaded already
+                       ) -> StableDiffusionXLPipeline:
     "The pipeline of a form, with its own UNet and autoencoder where it names them."
     index = Path(form.base)/'model_index.json'
     kind = load_json(index)['_class_name'] if index.exists() else 'StableDiffusionXLPipeline'
     if kind != 'StableDiffusionXLPipeline': raise ValueError(f'{form.base} is a {kind}: give a StableDiffusionXLPipeline')
-    given = dict(unet=load_unet(form.unet, 'unet', dtype)) if form.unet else {}
+    unet = unet or (load_unet(form.unet, 'unet', dtype) if form.unet else None)
+    given = dict(unet=unet) if unet else {}
     if form.vae: given |= dict(vae=load_part(AutoencoderKL, form.vae, 'vae', dtype))
     return load_part(StableDiffusionXLPipeline, form.base, 'base', dtype, add_watermarker=False, **given)
 
@@ -191,8 +210,44 @@ class FewStep:
         return self.form.guidance_scale if self.pipe.unet.config.time_cond_proj_dim else None
     @property
     def device(self): return self.pipe.unet.device
+    @property
+    def half(self) -> bool: # computed in bfloat16
+        return self.teacher.dtype == torch.bfloat16
+    @property
+    def networks(self) -> list[nn.Module]: # that are on the card
+        return [m for m in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.unet, self.teacher) if m is not None]
+    def autocast(self): # what runs a generator that has not been spread yet
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
 # %% ../nbs/14_sdxl.ipynb #0041
+def free_memory(device) -> float: # GB of 2^30 bytes
+    "What the GPU has free for this process; without a GPU there is no limit to plan for."
+    if torch.device(device).type != 'cuda': return math.inf
+    return (torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device))/2**30
+
+def taken_memory(device) -> float: # GB
+    "What this process's tensors take of the GPU."
+    return torch.cuda.memory_allocated(device)/2**30 if torch.device(device).type == 'cuda' else 0.
+
+def weights_gb(*networks) -> float: return sum(p.numel()*p.element_size() for m in networks for p in m.parameters())/2**30
+
+# %% ../nbs/14_sdxl.ipynb #0042
+def weights_dtype(name: str, device) -> torch.dtype:
+    "Of frozen weights: by name, else bfloat16 on a GPU."
+    known = dict(bfloat16=torch.bfloat16, float32=torch.float32)
+    if name and name not in known: raise ValueError(f"DTYPE {name!r} is none of {', '.join(known)}")
+    return known[name or ('bfloat16' if torch.device(device).type == 'cuda' else 'float32')]
+
+# %% ../nbs/14_sdxl.ipynb #3a677861
+def put_on(model: FewStep, device, free: float | None = None # GB; None asks the device
+          ) -> FewStep:
+    "Move a model to a device; one line if its weights alone do not fit."
+    needed, free = weights_gb(*model.networks), free_memory(device) if free is None else free
+    if needed > free: raise MemoryError(f'the weights alone take {needed:.1f} GB and {device} has {free:.1f} GB free: take LCM-SSD-1B, or another device')
+    for m in model.networks: m.to(device)
+    return model
+
+# %% ../nbs/14_sdxl.ipynb #6747e110
 def load_few_step(form: Form, device='cpu', dtype=torch.float32) -> FewStep:
     "Load, fuse an LCM-LoRA, check, freeze; errors are one line and say what to do."
     pipe, teacher = load_pipeline_parts(form, dtype), load_unet(form.teacher, 'teacher', dtype)
@@ -204,11 +259,12 @@ def load_few_step(form: Form, device='cpu', dtype=torch.float32) -> FewStep:
     check_fits(pipe, teacher, form)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50)
     pipe.unet.register_to_config(sample_size=form.resolution//pipe.vae_scale_factor)
-    for m in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet, teacher): m.to(device).eval().requires_grad_(False)
+    model = FewStep(pipe, teacher, form)
+    for m in model.networks: m.eval().requires_grad_(False)
     if dtype == torch.float16 and pipe.vae.config.force_upcast: pipe.vae.float()
     pipe.vae.enable_slicing() # one picture at a time
     pipe.set_progress_bar_config(disable=True)
-    return FewStep(pipe, teacher, form)
+    return put_on(model, device)
 
 # %% ../nbs/14_sdxl.ipynb #0047
 def fingerprint(pipe, texts: list[str], guidance_scale) -> str: # 16 hex digits
@@ -390,11 +446,16 @@ def attribute_binding(folder='', nlp='en_core_web_sm', # a name, a folder, or a 
     return Reward('attribute_binding', fn, (0, 1), differentiable=True, held_out='image_reward')
 
 # %% ../nbs/14_sdxl.ipynb #0092
+def best_layer(config) -> int:
+    "The layer that BERTScore compares: 40 of the 48 of deberta-xlarge-mnli; of others the last."
+    return 40 if (config.model_type, config.num_hidden_layers) == ('deberta', 48) else config.num_hidden_layers
+
 @torch.no_grad()
 def bertscore_recall(references: list[str], candidates: list[str], # N each, none empty
-                     tokenizer, encoder, layer: int = -1 # whose hidden states are compared
+                     tokenizer, encoder, layer: int | None = None # whose hidden states are compared; None takes `best_layer`
                     ) -> torch.Tensor: # (N,), at most 1
     "BERTScore recall without rescaling (METHODS 5.3)."
+    layer = best_layer(encoder.config) if layer is None else layer
     def embed(texts):
         batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors='pt').to(encoder.device)
         states = F.normalize(encoder(**batch, output_hidden_states=True).hidden_states[layer].float(), dim=-1)
@@ -430,7 +491,7 @@ def caption(model, processor, images: torch.Tensor, # (B, 3, H, W) in [0, 1]
 
 # %% ../nbs/14_sdxl.ipynb #0098
 def text_alignment(folder='', encoder='', # folders of the captioner and of the text encoder
-                   layer: int = -1, reference: str = 'The image contains {}', device='cpu', max_new_tokens: int = 40) -> Reward:
+                   layer: int | None = None, reference: str = 'The image contains {}', device='cpu', max_new_tokens: int = 40) -> Reward:
     "Caption by a local VLM, BERTScore recall against the prompt (METHODS 5.3); `info['captions']` holds the captions."
     from transformers import AutoModelForImageTextToText, AutoProcessor
     folder = reward_folder('text_alignment', folder)
@@ -458,15 +519,15 @@ FULL_REWARDS = {f.__name__: f for f in (image_reward, attribute_binding, text_al
 
 def load_full_reward(name: str, # of `FULL_REWARDS`, else as `05_rewards` takes it
                      device='cpu', **options) -> Reward:
-    "A reward at size; without options a name means the reward of `05_rewards`, where there is one of that name."
+    "A reward at size; any other name, or module:function, as `05_rewards` takes it."
     if name in FULL_REWARDS: return FULL_REWARDS[name](device=device, **options)
+    if options: raise ValueError(f"reward {name!r} takes no {', '.join(options)}: only {', '.join(FULL_REWARDS)} do")
     return load_reward(name, device)
 
 # %% ../nbs/14_sdxl.ipynb #0107
 def serve(name: str, device: str, options: dict) -> dict: # what the reward states
     "In the other process: load the reward."
     global served, served_on
-    os.environ['HF_HUB_OFFLINE'] = '1' # it reads folders only
     served, served_on = load_full_reward(name, device, **options), device
     return dict(name=served.name, range=served.range, held_out=served.held_out)
 
@@ -503,8 +564,16 @@ def elsewhere(name: str, device: str = 'cpu', # where its networks live
               **options) -> Elsewhere:
     "The reward called so in a process of its own; it ends with this one."
     pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'))
-    stated = pool.submit(importlib.import_module('lasro.sdxl').serve, name, device, options).result()
+    with offline(): stated = pool.submit(importlib.import_module('lasro.sdxl').serve, name, device, options).result() # this starts the process
     return Elsewhere(**stated, fn=None, pool=pool)
+
+@contextmanager
+def offline():
+    "A process that is started inside the block never asks the hub: rewards are read from folders."
+    before = os.environ.get('HF_HUB_OFFLINE')
+    os.environ['HF_HUB_OFFLINE'] = '1'
+    try: yield
+    finally: os.environ.pop('HF_HUB_OFFLINE') if before is None else os.environ.update(HF_HUB_OFFLINE=before)
 
 # %% ../nbs/14_sdxl.ipynb #0114
 @contextmanager
@@ -542,6 +611,11 @@ class Processes:
         return Gather.apply(x, n, self) if self.world > 1 else x
     def share(self, x: torch.Tensor) -> torch.Tensor: # the same
         return Share.apply(x, self) if self.world > 1 and x.requires_grad else x
+    def least(self, x: float) -> float: # of all processes' numbers
+        if self.world == 1: return x
+        x = torch.tensor(x, device=self.device)
+        dist.all_reduce(x, dist.ReduceOp.MIN)
+        return float(x)
 
 # %% ../nbs/14_sdxl.ipynb #0122
 class Gather(torch.autograd.Function):
@@ -637,12 +711,23 @@ class Joined:
     def result(self): return self.processes.gather(self.mine.result()[0], self.n), {}
 
 # %% ../nbs/14_sdxl.ipynb #0140
-class FusedAttention(TorchFunctionMode):
-    "Attention as a GPU's fused kernels compute it, for counting on meta tensors."
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention: return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+HALVES, SINGLES = (F.linear, F.conv2d, torch.conv2d, torch.matmul, F.scaled_dot_product_attention), (F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm)
 
+class AsOnGPU(TorchFunctionMode):
+    "On meta tensors a GPU's fused attention; with `autocast` also its casts to bfloat16 and float32 as on CUDA."
+    def __init__(self, autocast=True): super().__init__(); self.autocast, self.casts = autocast, {} # of weights, each made once
+    def cast(self, x, dtype):
+        if not torch.is_tensor(x) or not x.is_floating_point() or x.dtype == dtype: return x
+        if not isinstance(x, nn.Parameter): return x.to(dtype)
+        if (id(x), dtype) not in self.casts: self.casts[id(x), dtype] = x.to(dtype)
+        return self.casts[id(x), dtype]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, dtype = kwargs or {}, torch.bfloat16 if func in HALVES else torch.float32 if func in SINGLES else None
+        if dtype and self.autocast: args, kwargs = [self.cast(a, dtype) for a in args], {k: self.cast(v, dtype) for k, v in kwargs.items()}
+        if func is F.scaled_dot_product_attention and args[0].is_meta: return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return func(*args, **kwargs)
+
+# %% ../nbs/14_sdxl.ipynb #d5068505
 def keep(into: dict, tensors):
     "Note the storages of tensors; keeping them keeps their names unique."
     for t in tensors:
@@ -683,20 +768,20 @@ def count_pass(network: nn.Module, # on meta
         blocks.append(gigabytes(inside, weights))
         return out
     unet.enable_gradient_checkpointing(block)
-    with FusedAttention(), FlopCounterMode(display=False) as flops, saved(kept): run()
+    with AsOnGPU(), FlopCounterMode(display=False) as flops, saved(kept): run()
     return Counted(gigabytes(kept, weights), max(blocks), gigabytes(kept | everything, weights), flops.get_total_flops())
 
 # %% ../nbs/14_sdxl.ipynb #0144
 def meta_inputs(config: dict, # a UNet's
-                n: int = 1, dtype=torch.bfloat16) -> tuple[torch.Tensor, Conditioning]: # latents, conditioning
+                n: int = 1) -> tuple[torch.Tensor, Conditioning]: # latents, conditioning
     "What a UNet of this config takes, on meta."
     size, c = config['sample_size'], config
-    new = lambda *shape: torch.empty(*shape, device='meta', dtype=dtype)
+    new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, device='meta', dtype=dtype)
     cond = Conditioning(new(n, 77, c['cross_attention_dim']), new(n, c['projection_class_embeddings_input_dim']-6*c['addition_time_embed_dim']), new(n, 6), new(n))
-    return new(n, 4, size, size).requires_grad_(), cond
+    return new(n, 4, size, size, dtype=torch.float32).requires_grad_(), cond
 
-def meta_unet(config: dict, dtype=torch.bfloat16) -> UNet2DConditionModel:
-    "A UNet of this config without memory."
+def meta_unet(config: dict) -> UNet2DConditionModel:
+    "A frozen UNet of this config in bfloat16, without memory."
     with torch.device('meta'): return UNet2DConditionModel.from_config(dict(config)).bfloat16().requires_grad_(False)
 
 # %% ../nbs/14_sdxl.ipynb #0150
@@ -723,7 +808,7 @@ def decode_memory(config: dict, # an autoencoder's
                   resolution: int, dtype=torch.bfloat16) -> float: # GB
     "The most that decoding one picture has alive, weights apart."
     with torch.device('meta'): vae, z = AutoencoderKL.from_config(dict(config)).to(dtype), torch.empty(1, 4, resolution//8, resolution//8, dtype=dtype)
-    with torch.no_grad(), FusedAttention(), Alive() as alive: vae.decode(z)
+    with torch.no_grad(), AsOnGPU(autocast=False), Alive() as alive: vae.decode(z)
     return alive.most/2**30
 
 FULL_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=2, latent_channels=4, sample_size=1024)
@@ -740,6 +825,7 @@ class Setting:
 
 LADDER = (Setting(surrogate_rank=0, micro=8, blocks=False, sample_batch=16), Setting(surrogate_rank=0, micro=4, blocks=False, sample_batch=16), Setting(micro=4, blocks=False, sample_batch=8),
           Setting(micro=2, blocks=False, sample_batch=8), Setting(micro=1, blocks=False, sample_batch=4), Setting())
+SMALL_LADDER = (Setting(lora_rank=4, surrogate_rank=4, micro=2, sample_batch=4),) # of the small random networks
 
 # %% ../nbs/14_sdxl.ipynb #0158
 def as_json(config: dict) -> str: return json.dumps({k: v for k, v in config.items() if not k.startswith('_')}, default=list)
@@ -749,9 +835,9 @@ def student_pass(config: str, # a UNet's, as JSON
                  lora_rank: int) -> tuple[Counted, int, int]: # its pass, frozen and trained parameters
     "The generator with its adapter, or with all weights trained."
     unet = meta_unet(json.loads(config))
-    trained = sum(p.numel() for p in (add_lora(unet, lora_rank) if lora_rank else unet.requires_grad_(True).parameters()))
+    trained = sum(p.numel() for p in (add_lora(unet, lora_rank) if lora_rank else unet.float().requires_grad_(True).parameters()))
     z, c = meta_inputs(unet.config)
-    return count_pass(unet.bfloat16(), unet, lambda: predict_noise(unet, z, 999, c)), count_parameters(unet)-trained, trained
+    return count_pass(unet, unet, lambda: predict_noise(unet, z, 999, c)), count_parameters(unet)-trained, trained
 
 # %% ../nbs/14_sdxl.ipynb #0160
 @cache
@@ -761,7 +847,7 @@ def surrogate_pass(config: str, # the teacher's, as JSON
     surrogate = SurrogateReward(meta_unet(json.loads(config)), lora_rank=rank).to('meta')
     trained = sum(p.numel() for p in surrogate.parameters() if p.requires_grad)
     z, c = meta_inputs(json.loads(config))
-    return count_pass(surrogate.bfloat16(), surrogate.encoder.unet, lambda: surrogate(z, c)), trained
+    return count_pass(surrogate, surrogate.encoder.unet, lambda: surrogate(z, c)), trained
 
 # %% ../nbs/14_sdxl.ipynb #0161
 def full_configs(name: str) -> tuple[dict, dict, dict, int]: # student, teacher, autoencoder, resolution
@@ -789,7 +875,7 @@ def activations(passes: list[tuple[Counted, int]], # a pass of one sample, and i
     return held+top
 
 # %% ../nbs/14_sdxl.ipynb #0167
-OVERHEAD = 1.5 # GB; assumed
+OVERHEAD, MARGIN = 1.5, .05 # GB, and the share of a card that is kept free; both assumed
 
 def weights_memory(configs: tuple, s: Setting) -> dict: # GB
     "What stays on the card."
@@ -812,40 +898,44 @@ def memory_plan(configs: tuple, s: Setting, prompts: int = 2000, buffer: int = 2
     return pd.DataFrame(dict(GB=fixed | {'an update': update, 'or labelling': labels, 'peak': sum(fixed.values())+max(update, labels)}))
 
 # %% ../nbs/14_sdxl.ipynb #0172
-def choose_setting(configs: tuple, card_gb: float, **sizes # of `memory_plan`
+def choose_setting(configs: tuple, card_gb: float, changed: dict = {}, # fields of `Setting` that are fixed beforehand
+                   ladder=LADDER, **sizes # of `memory_plan`
                   ) -> tuple[Setting, pd.DataFrame]:
-    "The most generous setting that fits; one line if none does."
-    for s in LADDER:
+    "The most generous setting that fits with a margin; one line if none does."
+    for s in (replace(s, **changed) for s in ladder):
         plan = memory_plan(configs, s, **sizes)
-        if plan.GB['peak'] <= card_gb: return s, plan
-    raise MemoryError(f"the leanest plan needs {plan.GB['peak']:.1f} GB and the card has {card_gb:.1f}: take a smaller resolution, lora_rank or buffer, put the reward on another device, or use LCM-SSD-1B")
-
-# %% ../nbs/14_sdxl.ipynb #0177
-def free_memory(device) -> float: # GB
-    "What the GPU has free; without one there is no limit to plan for."
-    return torch.cuda.mem_get_info(device)[0]/2**30 if torch.device(device).type == 'cuda' else math.inf
+        if plan.GB['peak'] <= (1-MARGIN)*card_gb: return s, plan
+    raise MemoryError(f"the leanest plan needs {plan.GB['peak']:.1f} GB and the card has {card_gb:.1f}, of which {MARGIN:.0%} stay free: take a smaller resolution, batch_size, lora_rank or buffer, put the reward on another device, or use LCM-SSD-1B")
 
 # %% ../nbs/14_sdxl.ipynb #0180
 def read_texts(path: Path | str) -> list[str]:
     "Prompts of a text file, a line each: T2I-CompBench's, or your own."
-    return [line.strip() for line in prompt_file(path).read_text(encoding='utf-8').splitlines() if line.strip()]
+    return some([line.strip() for line in read_as(path, lambda path: path.read_text(encoding='utf-8-sig')).splitlines()], path)
 
-def prompt_file(path) -> Path:
+def read_as(path, reader):
+    "What `reader` makes of a file; one line that names the file if it cannot."
     if not Path(path).is_file(): raise FileNotFoundError(f'there is no prompt file {path}: download the set and give its file')
-    return Path(path)
+    try: return reader(Path(path))
+    except Exception as e: raise ValueError(f'{path} cannot be read as {Path(path).suffix[1:]}: {type(e).__name__}: {first_line(e)[:200]}') from None
+
+def some(texts: list[str], path) -> list[str]:
+    "Those that are not empty, each once."
+    if not (found := list(dict.fromkeys(t for t in texts if t))): raise ValueError(f'{path} holds no prompts')
+    return found
 
 # %% ../nbs/14_sdxl.ipynb #0182
-CAPTIONS = ('caption', 'prompt', 'Prompts', 'prompts', 'text') # Pick-a-Pic, RL repositories, DrawBench's table, its copy on the hub, others
+CAPTIONS = ('caption', 'prompt', 'prompts', 'text') # Pick-a-Pic, repositories of RL, DrawBench, others; in letters of any size
+TABLES = {'.csv': functools.partial(pd.read_csv, encoding='utf-8-sig'), '.tsv': functools.partial(pd.read_csv, sep='\t', encoding='utf-8-sig'), '.jsonl': functools.partial(pd.read_json, lines=True), '.parquet': pd.read_parquet,
+          '.json': lambda path: pd.DataFrame(json.loads(path.read_text(encoding='utf-8-sig')))}
 
 def read_table(path: Path | str) -> list[str]:
     "Distinct prompts of a table (csv, tsv, jsonl, parquet) or a JSON list: Pick-a-Pic, DrawBench, HPSv2."
-    path = prompt_file(path)
-    if path.suffix == '.json': rows = load_json(path)
-    else: rows = {'.csv': pd.read_csv, '.tsv': functools.partial(pd.read_csv, sep='\t'), '.jsonl': functools.partial(pd.read_json, lines=True), '.parquet': pd.read_parquet}[path.suffix](path).to_dict('records')
-    if rows and isinstance(rows[0], str): return list(dict.fromkeys(rows))
-    column = next((c for c in CAPTIONS if rows and c in rows[0]), None)
-    if not column: raise ValueError(f'{path} has no column of prompts: one of {", ".join(CAPTIONS)} is needed')
-    return list(dict.fromkeys(r[column].strip() for r in rows))
+    if Path(path).suffix not in TABLES: raise ValueError(f"{path}: prompts are read from {', '.join(('.txt', *TABLES))}")
+    rows = read_as(path, TABLES[Path(path).suffix])
+    names = {str(c).strip().lower(): c for c in rows.columns}
+    column = next((names[c] for c in (*CAPTIONS, '0') if c in names), None) # a list of strings has the one column 0
+    if column is None: raise ValueError(f"{path} has no column of prompts: one of {', '.join(CAPTIONS)} is needed")
+    return some([str(t).strip() for t in rows[column].dropna()], path)
 
 # %% ../nbs/14_sdxl.ipynb #0183
 STYLES = ('anime', 'concept-art', 'paintings', 'photo')
@@ -853,7 +943,7 @@ STYLES = ('anime', 'concept-art', 'paintings', 'photo')
 def read_prompt_set(path: Path | str) -> list[str]:
     "Prompts of a text file, a table, or HPSv2's folder of four styles."
     if Path(path).is_dir(): return [t for style in STYLES for t in read_table(Path(path)/f'{style}.json')]
-    return read_texts(path) if prompt_file(path).suffix == '.txt' else read_table(path)
+    return read_texts(path) if Path(path).suffix == '.txt' else read_table(path)
 
 # %% ../nbs/14_sdxl.ipynb #0187
 def readable(texts: list[str], tokenizer) -> tuple[list[str], int]: # those that fit, the number of others
@@ -862,32 +952,38 @@ def readable(texts: list[str], tokenizer) -> tuple[list[str], int]: # those that
         try: check_prompts([text], tokenizer); return True
         except ValueError: return False
     kept = [t for t in texts if fits(t)]
+    if not kept: raise ValueError(f'none of {len(texts)} prompts can be read whole by the text towers: they are too long, or hold no known word')
     return kept, len(texts)-len(kept)
 
 # %% ../nbs/14_sdxl.ipynb #0190
 @dataclass(frozen=True)
 class Protocol:
     "How a set is evaluated."
-    prompts: int         # of the set
-    per_prompt: int      # pictures
-    seeds: str           # of the noise, where the official code fixes them
+    prompts: int    # of the set
+    per_prompt: int # pictures
+    seed: int       # of the first picture's noise; of hpsv2 and drawbench ours, the official code fixes none
     score: str
 
-PROTOCOLS = {'t2i-compbench': Protocol(300, 10, '42 to 51', 'BLIP-VQA on the validation prompts of colour, shape or texture'), 'pick-a-pic': Protocol(500, 1, '0', 'any; test_unique of v1'),
-             'hpsv2': Protocol(3200, 1, 'not fixed', 'any; mean over four styles'), 'drawbench': Protocol(200, 1, 'not fixed', 'any')}
+PROTOCOLS = {'t2i-compbench': Protocol(300, 10, 42, 'BLIP-VQA on the validation prompts of colour, shape or texture'), 'pick-a-pic': Protocol(500, 1, 0, 'any; test_unique of v1'),
+             'hpsv2': Protocol(3200, 1, 0, 'any; mean over four styles'), 'drawbench': Protocol(200, 1, 0, 'any')}
+
+def protocol(name: str) -> Protocol:
+    if name not in PROTOCOLS: raise ValueError(f"there is no protocol {name!r}: it is one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 # %% ../nbs/14_sdxl.ipynb #0193
 @torch.no_grad()
-def draw_set(unet, vae, cond: Conditioning, texts: list[str], folder: Path, per_prompt: int = 1, num_steps: int = 2, batch_size: int = 4) -> int: # pictures made now
+def draw_set(model: FewStep, cond: Conditioning, texts: list[str], folder: Path, per_prompt: int = 1, num_steps: int = 2, batch_size: int = 4, seed: int = 0, # of each prompt's first picture
+             processes: Processes = Processes()) -> int: # pictures made now
     "Write `per_prompt` pictures of each prompt to `folder`."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    safe = lambda text: re.sub(r'[/\0]', ' ', text)[:150]
-    wanted = [(i, k, Path(folder)/f'{safe(t)}_{i*per_prompt+k:06d}.png') for i, t in enumerate(texts) for k in range(per_prompt)]
+    unet, vae, safe = model.pipe.unet, model.pipe.vae, lambda text: re.sub(r'[/\0]', ' ', text)[:150]
+    wanted = [(i, seed+k, Path(folder)/f'{safe(t)}_{i*per_prompt+k:06d}.png') for i, t in enumerate(texts) for k in range(per_prompt)]
     todo, shape = [w for w in wanted if not w[2].exists()], vae_latent_shape(unet, vae)
+    if processes.world > 1: dist.barrier() # all have looked before one writes
     for part in (todo[j:j+batch_size] for j in range(0, len(todo), batch_size)):
-        noise, injected = zip(*(draw_noise(1, num_steps, generator(k, 'protocol', texts[i]), shape, cond.pooled.device) for i, k, _ in part))
-        images = decode(vae, sample(unet, cond[torch.tensor([i for i, *_ in part])], torch.cat(noise), torch.cat(injected, 1), num_steps).final)
-        for (_, _, path), x in zip(part, images): save_picture(x, path)
+        noise, injected = zip(*(draw_noise(1, num_steps, generator(k, 'protocol', texts[i]), shape, model.device) for i, k, _ in part))
+        with model.autocast(): images = decode(vae, sample(unet, cond[torch.tensor([i for i, *_ in part])], torch.cat(noise), torch.cat(injected, 1), num_steps).final)
+        for (_, _, path), x in zip(part, images if processes.rank == 0 else []): save_picture(x, path)
     return len(todo)
 
 def save_picture(image: torch.Tensor, # (3, H, W) in [0, 1]
@@ -993,6 +1089,7 @@ def tune_options(arm: str, profile: str, s: Setting, **overrides):
 def make_tune_task(model: FewStep, reward, texts: list[str], cond: Conditioning, options, num_steps: int, seed: int, data=None, held_out=None) -> Task:
     "The task of a model that is tuned in place."
     unet = model.pipe.unet
+    check_steps(num_steps)
     torch.manual_seed(seed) # an adapter's initial weights
     add_lora(unet, options.lora_rank) if options.lora_rank else unet.float().requires_grad_(True)
     reward, held_out = (None if r is None else load_reward(r) for r in (reward, held_out))
@@ -1035,10 +1132,12 @@ def tune(model: FewStep, reward, # as `finetune` takes it
     task.data = data or sampled_data(task.pipe, cond[:len(texts)], batch_size=setting.sample_batch*processes.world)
     before = draw_grid(task)
     rows = train(method, opts.outer_steps, out/'checkpoints' if out else None, progress=task.writes)
-    run = finish(task, None, rows, arm, opts, profile, out)
-    run = TunedRun(**vars(run), before=before, after=draw_grid(task), texts=texts)
-    if out and task.writes: write_outputs(run, model, out)
-    return run
+    tuned = []
+    def outputs(run): # the record is written last
+        tuned.append(TunedRun(**vars(run), before=before, after=draw_grid(task), texts=texts))
+        if out and task.writes: write_outputs(tuned[0], model, out)
+    finish(task, None, rows, arm, opts, profile, out, outputs)
+    return tuned[0]
 
 # %% ../nbs/14_sdxl.ipynb #0222
 CARD = """---
@@ -1061,6 +1160,8 @@ A {kind} for {student}, tuned for {num_steps} sampling steps with the reward `{r
 | student | {student} |
 | teacher of the LCM loss | {teacher} |
 | guidance scale | {guidance} |
+| autoencoder | {vae} |
+| pixels | {size} x {size} |
 | training prompts | {n_prompts} |
 | reward calls | {reward_calls} |
 | mean reward on {probes} training prompts | {scores} |
@@ -1077,12 +1178,12 @@ The rewarded number says nothing by itself: look at [the grid](grid.png), and at
 # %% ../nbs/14_sdxl.ipynb #0223
 def usage(model: FewStep, run: Run) -> str: # Python that samples it
     "How stock diffusers samples what was tuned."
-    f, lines = model.form, ['from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel']
-    unet = f", unet=UNet2DConditionModel.from_pretrained('{f.unet}')" if f.unet else ''
-    lines += [f"pipe = StableDiffusionXLPipeline.from_pretrained('{f.base}'{unet})", 'pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50)']
+    f, lines = model.form, ['from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel']
+    given = ''.join(f", {name}={kind}.from_pretrained('{where}')" for name, kind, where in (('unet', 'UNet2DConditionModel', f.unet), ('vae', 'AutoencoderKL', f.vae)) if where)
+    lines += [f"pipe = StableDiffusionXLPipeline.from_pretrained('{f.base}'{given})", 'pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50)']
     if f.lora: lines += [f"pipe.load_lora_weights('{f.lora}'); pipe.fuse_lora(); pipe.unload_lora_weights()"]
     lines += ["pipe.load_lora_weights('.', weight_name='pytorch_lora_weights.safetensors')"] if run.record['parameters']['lora_rank'] else ["from safetensors.torch import load_file", "pipe.unet.load_state_dict(load_file('unet.safetensors'))"]
-    return '\n'.join(lines+[f"image = pipe('a red fox', num_inference_steps={run.record['num_steps']}, guidance_scale={model.guidance or 1.}).images[0]"])
+    return '\n'.join(lines+[f"image = pipe('a red fox', num_inference_steps={run.record['num_steps']}, guidance_scale={model.guidance or 1.}, height={f.resolution}, width={f.resolution}).images[0]"])
 
 # %% ../nbs/14_sdxl.ipynb #0225
 def model_card(run: Run, model: FewStep) -> str:
@@ -1092,12 +1193,12 @@ def model_card(run: Run, model: FewStep) -> str:
     student = ' + '.join(filter(None, (f.base, f.unet, f.lora)))
     parameters = '\n'.join(f'- {k}: {v}' for k, v in r['parameters'].items())
     return CARD.format(base=f.base, licence=f.licence, arm=r['arm'], reward=r['reward'], kind='LoRA' if r['parameters']['lora_rank'] else 'UNet', student=student, num_steps=r['num_steps'], url='https://github.com/lasro/lasro', usage=usage(model, run),
-                       teacher=f.teacher, guidance=f.guidance_scale, n_prompts=r['n_prompts'], reward_calls=r['reward_calls'], probes=r['parameters']['probe_prompts'], scores=scores, wall_s=round(r['wall_s']), device=r['environment']['device'], parameters=parameters)
+                       teacher=f.teacher, guidance=f.guidance_scale, vae=f.vae or 'the pipeline\'s', size=f.resolution, n_prompts=r['n_prompts'], reward_calls=r['reward_calls'], probes=r['parameters']['probe_prompts'], scores=scores, wall_s=round(r['wall_s']), device=r['environment']['device'], parameters=parameters)
 
 # %% ../nbs/14_sdxl.ipynb #0227
 def write_outputs(run: TunedRun, model: FewStep, out: Path):
     "The card and the grid, beside the weights."
-    weights = out/'lora' if (out/'lora').exists() else out
+    weights = out/'lora' if run.record['parameters']['lora_rank'] else out
     figure = run.grid()
     for place in {weights, out}:
         with atomic_path(place/'grid.png') as tmp: figure.savefig(tmp, format='png', dpi=100)
@@ -1105,16 +1206,77 @@ def write_outputs(run: TunedRun, model: FewStep, out: Path):
 
 # %% ../nbs/14_sdxl.ipynb #0228
 def export_merged(run: Run, # a LoRA run
-                  folder: Path | str) -> Path:
-    "A whole pipeline with the LoRA fused into its UNet, for tools that take no LoRA; the run keeps its adapter."
+                  model: FewStep, folder: Path | str) -> Path:
+    "A whole pipeline with the LoRA fused into its UNet, for tools that take no LoRA; the run keeps its adapter, and the text towers are read again."
     unet = copy.deepcopy(run.pipe.unet).to('cpu')
     unet.fuse_lora(); unet.unload_lora()
-    parts = {k: v for k, v in run.pipe.components.items() if k != 'unet'}
-    StableDiffusionXLPipeline(**parts, unet=unet, add_watermarker=False).save_pretrained(folder)
+    pipe = load_pipeline_parts(model.form, model.teacher.dtype, unet)
+    pipe.scheduler = run.pipe.scheduler
+    pipe.save_pretrained(folder)
     return Path(folder)
 
 # %% ../nbs/14_sdxl.ipynb #0230
 BUILT_IN = ['a red fox in the snow', 'a blue bench and a green car', 'two cats on a sofa', 'a small house by a lake', 'a bowl of oranges', 'an old man with a hat', 'a yellow bird on a branch', 'a city at night'] # where no prompt file is given
+
+def split_overrides(overrides: str) -> tuple[dict, dict]: # fields of `Setting`, options of the arm
+    "Overrides as JSON, by whom they concern."
+    try: given = json.loads(overrides)
+    except ValueError as e: raise ValueError(f'OVERRIDES {overrides!r} is no JSON: {e}') from None
+    fields = Setting.__dataclass_fields__
+    return {k: v for k, v in given.items() if k in fields}, {k: v for k, v in given.items() if k not in fields}
+
+# %% ../nbs/14_sdxl.ipynb #084252a6
+@dataclass
+class Prepared:
+    "What parameters ask for, ready to be run."
+    call: dict                # keywords of `tune`
+    plan: pd.DataFrame
+    left_out: int             # prompts that cannot be read
+    test: tuple | None = None # protocol, prompts and their conditioning
+
+def read_and_encode(model: FewStep, path: str, folder: Path) -> tuple[list[str], Conditioning, int]:
+    "The readable prompts of a file, encoded, and the number of others."
+    texts, left_out = readable(read_prompt_set(path) if path else BUILT_IN, model.pipe.tokenizer)
+    return texts, cached_prompts(model, texts, folder), left_out
+
+# %% ../nbs/14_sdxl.ipynb #26e87483
+def given_rewards(p: dict, device) -> tuple[Reward, Reward | None]: # trained on, and only watched
+    "The rewards that the parameters name."
+    options, held_out = json.loads(p['REWARD_OPTIONS']), p['HELD_OUT']
+    reward = elsewhere(p['REWARD'], p['REWARD_DEVICE'], **options) if p['REWARD_DEVICE'] else load_full_reward(p['REWARD'], device, **options)
+    return reward, load_full_reward(held_out, device, **json.loads(p['HELD_OUT_OPTIONS'])) if held_out else None
+
+def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float) -> tuple[Setting, pd.DataFrame, dict]: # and the arm's options
+    "The setting of a run, its plan, and its other overrides."
+    fixed, options = split_overrides(p['OVERRIDES'])
+    ladder = SMALL_LADDER if p['SMALL'] else LADDER
+    o = tune_options(p['ARM'], p['PROFILE'], replace(ladder[0], **fixed), **options)
+    sizes = dict(prompts=n_prompts, buffer=getattr(o, 'buffer', 0), batch_size=o.batch_size, lcm_batch=o.lcm_batch, num_steps=p['NUM_STEPS'], reward_gb=reward_gb)
+    return *choose_setting(configs_of(model), card, fixed, ladder, **sizes), options
+
+# %% ../nbs/14_sdxl.ipynb #ea3eadd7
+def prepare(model: FewStep, p: dict, # the parameters at the top by name
+            out: Path, card: float, # GB that were free before anything lay on the card
+            processes: Processes = Processes()) -> Prepared:
+    "Read and encode prompts, drop the text towers, load the rewards and fit the run to the card."
+    check_steps(p['NUM_STEPS'])
+    (texts, cond, left_out), test = read_and_encode(model, p['PROMPTS'], out.parent/'prompts'), None
+    if p['PROTOCOL']: test = (protocol(p['PROTOCOL']), *read_and_encode(model, p['TEST_PROMPTS'], out.parent/'prompts')[:2])
+    drop_text_encoders(model)
+    before = taken_memory(model.device)
+    reward, held_out = given_rewards(p, processes.device)
+    setting, plan, options = fit_to_card(model, p, len(texts), processes.least(card), taken_memory(model.device)-before)
+    call = dict(reward=reward, texts=texts, cond=cond, setting=setting, num_steps=p['NUM_STEPS'], out=out, arm=p['ARM'], seed=p['SEED'], profile=p['PROFILE'], held_out=held_out, processes=processes, dtype=torch.bfloat16 if model.half else None)
+    return Prepared(call | options, plan, left_out, test)
+
+# %% ../nbs/14_sdxl.ipynb #1eab5b51
+def draw_protocol(model: FewStep, test: tuple, # as `Prepared` holds it
+                  folder: Path, num_steps: int, batch_size: int = 4, processes: Processes = Processes()) -> int: # pictures made now
+    "Draw what a protocol asks for."
+    asked, texts, cond = test
+    n = min(asked.prompts, len(texts))
+    if n < asked.prompts: warnings.warn(f'the protocol asks for {asked.prompts} prompts and {n} are given: its numbers cannot be compared with published ones')
+    return draw_set(model, cond[:n], texts[:n], folder, asked.per_prompt, num_steps, batch_size, asked.seed, processes)
 
 # %% ../nbs/14_sdxl.ipynb #0246
 def update_flops(configs: tuple, s: Setting, options, num_steps: int = 2) -> dict: # floating-point operations

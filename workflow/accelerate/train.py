@@ -1,7 +1,7 @@
 """Tunes a few-step model on several GPUs, with the parameters of nbs/14_sdxl.ipynb:
 accelerate launch --config_file workflow/accelerate/ddp.yaml workflow/accelerate/train.py -p SMALL False -p PROFILE sdxl -p OUT runs/ssd-1b ...
 """
-import argparse, ast, json, sys, warnings
+import argparse, ast, json, os, sys, warnings
 from pathlib import Path
 
 warnings.filterwarnings('ignore')
@@ -32,36 +32,26 @@ def parameters(changed) -> dict:
 
 def train(p: dict):
     "The run of the notebook's parameters, in this process."
-    processes = sdxl.join_processes(cpu=not torch.cuda.is_available())
-    first = processes.rank == 0
-    gpu = processes.device.startswith('cuda')
-    dtype = torch.bfloat16 if gpu else torch.float32
     if not p['OUT']: raise ValueError('OUT is needed: the folder of the run')
     out = Path(p['OUT'])
-    if p['SMALL']:
-        torch.manual_seed(p['SEED'])
-        form = sdxl.small_form(p['MODEL'], out.parent/f'small-{processes.rank}')
-    else: form = sdxl.FORMS[p['MODEL']]
-    form = sdxl.replace(form, **{k.lower(): p[k] for k in ('BASE', 'UNET', 'LORA', 'TEACHER', 'VAE', 'RESOLUTION') if p[k]})
-    model = sdxl.load_few_step(form, processes.device, dtype)
-    overrides, options = json.loads(p['OVERRIDES']), json.loads(p['REWARD_OPTIONS'])
-    setting = sdxl.Setting(lora_rank=4, surrogate_rank=4, micro=4, sample_batch=4) if p['SMALL'] else sdxl.choose_setting(sdxl.configs_of(model), p['CARD_GB'] or sdxl.free_memory(model.device))[0]
-    setting = sdxl.replace(setting, **{k: overrides.pop(k) for k in ('lora_rank', 'surrogate_rank', 'micro', 'blocks', 'sample_batch') if k in overrides})
-    if first: print(sdxl.memory_plan(sdxl.configs_of(model), setting).round(2).to_string(), flush=True)
-    asked = sdxl.read_prompt_set(p['PROMPTS']) if p['PROMPTS'] else sdxl.BUILT_IN
-    texts, _ = sdxl.readable(asked, model.pipe.tokenizer)
-    cond = sdxl.cached_prompts(model, texts, out.parent/'prompts')
-    sdxl.drop_text_encoders(model)
-    reward = sdxl.elsewhere(p['REWARD'], p['REWARD_DEVICE'], **options) if p['REWARD_DEVICE'] else sdxl.load_full_reward(p['REWARD'], processes.device, **options)
-    run = sdxl.tune(model, reward, texts, cond, setting, p['NUM_STEPS'], out, p['ARM'], p['SEED'], p['PROFILE'], processes=processes, dtype=torch.bfloat16 if gpu else None, **overrides)
-    if first: print(run, flush=True)
+    torch.manual_seed(p['SEED'])
+    small = out.parent/f"small-{os.environ.get('RANK', 0)}" if p['SMALL'] else None # before the processes meet: transformers lets only the first of them save
+    form = sdxl.chosen_form(p['MODEL'], small, **{k.lower(): p[k] for k in ('BASE', 'UNET', 'LORA', 'TEACHER', 'VAE', 'RESOLUTION')})
+    processes = sdxl.join_processes(cpu=not torch.cuda.is_available())
+    card = p['CARD_GB'] or sdxl.free_memory(processes.device)
+    model = sdxl.load_few_step(form, processes.device, sdxl.weights_dtype(p['DTYPE'], processes.device))
+    ready = sdxl.prepare(model, p, out, card, processes)
+    if processes.rank == 0: print(f"{len(ready.call['texts'])} prompts, {ready.left_out} left out; from the hub: {sdxl.hub_places(form) or 'nothing'}\n{ready.plan.round(2).to_string()}", flush=True)
+    run = sdxl.tune(model, **ready.call)
+    if ready.test: sdxl.draw_protocol(model, ready.test, out/'protocol', p['NUM_STEPS'], processes=processes)
+    if processes.rank == 0: print(run, flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='parameters')
     try: train(parameters(parser.parse_args().parameters))
-    except (ValueError, OSError, MemoryError) as e: sys.exit(str(e))
+    except (ValueError, OSError, MemoryError, ImportError) as e: sys.exit(str(e))
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
