@@ -1,11 +1,11 @@
 """Times full-size networks with random weights on one GPU, row by row: `python bench/sdxl.py [OUT] [--rows WORD ...] [--again]`.
 
 Each row runs in a process of its own and writes OUT/ROW.json (by default results/sdxl/bench), 1024 px first; a row that is there is skipped, so a killed call goes on. `--rows` takes the rows
-whose names hold one of the words. The rows are: sampling two steps; labelling (decoding, and a reward of PickScore's architecture); a step of the surrogate; a step of the generator, plain and with one change
+whose names hold one of the words. A batch that does not fit is halved, and the row says so (`too_large`). The rows are: sampling two steps; labelling (decoding, and a reward of PickScore's architecture); a step of the surrogate; a step of the generator, plain and with one change
 each (VARIANTS), which is the table of what a change gives; and the reward's gradient through the surrogate beside that through the decoder and the reward itself. Milliseconds are a median with its quartiles.
 FLOP use is of the operations that are needed, counted on meta tensors without what is computed twice, against a bfloat16 matmul measured in the same process. Without a GPU nothing is measured or written.
 """
-import argparse, statistics, subprocess, sys, time
+import argparse, gc, statistics, subprocess, sys, time
 from pathlib import Path
 
 import lasro # first: it lets a CUDA-built torchvision import beside a CPU torch # noqa: F401
@@ -13,7 +13,7 @@ import torch
 
 MODELS = ('lcm-ssd-1b', 'lcm-sdxl')
 RESOLUTIONS = (1024, 512)
-VARIANTS = ('channels_last', 'fused', 'compile', 'cudnn_attention', 'no_blocks')
+VARIANTS = ('channels_last', 'fused', 'cudnn_attention', 'no_blocks', 'compile') # the last one without checkpointed blocks, as a compiled block cannot be computed twice
 WARMUP, ROUNDS, SECONDS = 3, 12, 120 # a row stops early after so many seconds
 BATCH = 4
 
@@ -92,11 +92,25 @@ def change(arm, variant: str):
     unet = arm.task.pipe.unet
     if variant == 'channels_last': unet.to(memory_format=torch.channels_last); arm.task.teacher.to(memory_format=torch.channels_last)
     if variant == 'fused': arm.optimizer = torch.optim.AdamW(arm.task.params, arm.options.lr, weight_decay=0., fused=True)
-    if variant == 'compile': [b.compile() for u in (unet, arm.task.teacher) for b in (*u.down_blocks, *u.up_blocks, u.mid_block) if b is not None]
+    if variant == 'compile':
+        import torch._dynamo
+        torch._dynamo.config.recompile_limit = 64 # one block is compiled for generator, teacher and surrogate
+        for block in (b for u in (unet, arm.task.teacher) for b in (*u.down_blocks, *u.up_blocks, u.mid_block) if b is not None): block.compile()
     if variant == 'cudnn_attention': [torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_mem_efficient_sdp(False), torch.backends.cuda.enable_cudnn_sdp(True)]
 
 
-def measure(what: str, model: str, resolution: int, variant: str = 'plain', device: str = 'cuda', small: bool = False, **fewer) -> dict:
+def fitted(row: tuple, **keywords) -> dict:
+    "One row with the largest batch that fits, the usual one or its half, its quarter ...; without numbers if none does."
+    batch, too_large, least = BATCH, [], {'surrogate': 2, 'generator1': BATCH}.get(row[0], 1) # a pair needs two
+    while batch >= least:
+        try: return measure(*row, batch=batch, **keywords) | dict(too_large=too_large)
+        except torch.OutOfMemoryError: too_large.append(batch)
+        batch //= 2
+        gc.collect(); torch.cuda.empty_cache()
+    return dict(zip(('what', 'model', 'resolution', 'variant'), row), row=name(row), too_large=too_large)
+
+
+def measure(what: str, model: str, resolution: int, variant: str = 'plain', batch: int = BATCH, device: str = 'cuda', small: bool = False, **fewer) -> dict:
     "One row."
     from lasro import sdxl
     from lasro.exploration import label
@@ -105,8 +119,8 @@ def measure(what: str, model: str, resolution: int, variant: str = 'plain', devi
     from lasro.sampling import draw_noise, sample
     from lasro.surrogate import frozen, surrogate_step
     few, cond = random_model(model, resolution, device, small)
-    n = 1 if what == 'generator1' else BATCH
-    setting = sdxl.Setting(**dict(lora_rank=4, surrogate_rank=4) if small else {}, micro=1 if what == 'generator1' else BATCH, blocks=variant != 'no_blocks')
+    n = 1 if what == 'generator1' else batch
+    setting = sdxl.Setting(**dict(lora_rank=4, surrogate_rank=4) if small else {}, micro=n, blocks=variant not in ('no_blocks', 'compile'))
     dtype = torch.bfloat16 if device == 'cuda' else None
     options = sdxl.tune_options('lasro', 'sdxl', setting, batch_size=n, lcm_batch=n, probe_prompts=0)
     reward = pickscore(device, small)
@@ -154,7 +168,7 @@ def main():
     out = args.out or results_dir('sdxl')/'bench'
     if args.one:
         what, model, resolution, variant = args.one
-        found = measure(what, model, int(resolution), variant)
+        found = fitted((what, model, int(resolution), variant))
         return save_json(found | dict(device=torch.cuda.get_device_name(), environment=environment()), out/f"{found['row']}.json")
     for row in (r for r in rows() if any(word in name(r) for word in args.rows)):
         if (out/f'{name(row)}.json').exists() and not args.again: continue

@@ -16,10 +16,10 @@ __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFI
            'clip_score', 'load_full_reward', 'serve', 'answer', 'Arriving', 'Elsewhere', 'elsewhere', 'offline',
            'put_back', 'twice', 'checkpoint_block', 'Processes', 'Gather', 'Share', 'cut', 'InParts', 'in_parts',
            'decode_in_parts', 'Shared', 'Joined', 'AsOnGPU', 'keep', 'saved', 'gigabytes', 'Counted', 'count_pass',
-           'meta_inputs', 'meta_unet', 'Alive', 'decode_memory', 'Setting', 'as_json', 'student_pass', 'surrogate_pass',
-           'full_configs', 'configs_of', 'activations', 'weights_memory', 'memory_plan', 'choose_setting', 'read_texts',
-           'read_as', 'some', 'read_table', 'read_prompt_set', 'readable', 'Protocol', 'protocol', 'draw_set',
-           'save_picture', 'inception', 'fid_statistics', 'reference_statistics', 'fid', 'join_processes',
+           'meta_inputs', 'meta_unet', 'Alive', 'as_json', 'decode_memory', 'Setting', 'student_pass', 'surrogate_pass',
+           'full_configs', 'configs_of', 'activations', 'size_of', 'weights_memory', 'memory_plan', 'choose_setting',
+           'read_texts', 'read_as', 'some', 'read_table', 'read_prompt_set', 'readable', 'Protocol', 'protocol',
+           'draw_set', 'save_picture', 'inception', 'fid_statistics', 'reference_statistics', 'fid', 'join_processes',
            'networks_of', 'optimizers_of', 'sum_gradients', 'shard', 'spread', 'tune_options', 'make_tune_task',
            'draw_grid', 'TunedRun', 'tune', 'usage', 'model_card', 'write_outputs', 'export_merged', 'split_overrides',
            'Prepared', 'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'draw_protocol', 'update_flops']
@@ -804,10 +804,13 @@ class Alive(TorchDispatchMode):
         if not self.users[key]: self.now -= size
 
 # %% ../nbs/14_sdxl.ipynb #0152
-def decode_memory(config: dict, # an autoencoder's
+def as_json(config: dict) -> str: return json.dumps({k: v for k, v in config.items() if not k.startswith('_')}, default=list)
+
+@cache
+def decode_memory(config: str, # an autoencoder's, as JSON
                   resolution: int, dtype=torch.bfloat16) -> float: # GB
     "The most that decoding one picture has alive, weights apart."
-    with torch.device('meta'): vae, z = AutoencoderKL.from_config(dict(config)).to(dtype), torch.empty(1, 4, resolution//8, resolution//8, dtype=dtype)
+    with torch.device('meta'): vae, z = AutoencoderKL.from_config(json.loads(config)).to(dtype), torch.empty(1, 4, resolution//8, resolution//8, dtype=dtype)
     with torch.no_grad(), AsOnGPU(autocast=False), Alive() as alive: vae.decode(z)
     return alive.most/2**30
 
@@ -828,8 +831,6 @@ LADDER = (Setting(surrogate_rank=0, micro=8, blocks=False, sample_batch=16), Set
 SMALL_LADDER = (Setting(lora_rank=4, surrogate_rank=4, micro=2, sample_batch=4),) # of the small random networks
 
 # %% ../nbs/14_sdxl.ipynb #0158
-def as_json(config: dict) -> str: return json.dumps({k: v for k, v in config.items() if not k.startswith('_')}, default=list)
-
 @cache
 def student_pass(config: str, # a UNet's, as JSON
                  lora_rank: int) -> tuple[Counted, int, int]: # its pass, frozen and trained parameters
@@ -877,11 +878,16 @@ def activations(passes: list[tuple[Counted, int]], # a pass of one sample, and i
 # %% ../nbs/14_sdxl.ipynb #0167
 OVERHEAD, MARGIN = 1.5, .05 # GB, and the share of a card that is kept free; both assumed
 
+@cache
+def size_of(cls, config: str) -> int: # parameters
+    "Of a network of this class and config, as JSON."
+    with torch.device('meta'): return count_parameters(cls.from_config(json.loads(config)))
+
 def weights_memory(configs: tuple, s: Setting) -> dict: # GB
     "What stays on the card."
     student, teacher, vae, _ = configs
     _, frozen, trained = student_pass(as_json(student), s.lora_rank)
-    with torch.device('meta'): decoder, guide = count_parameters(AutoencoderKL.from_config(dict(vae))), count_parameters(UNet2DConditionModel.from_config(dict(teacher)))
+    decoder, guide = size_of(AutoencoderKL, as_json(vae)), size_of(UNet2DConditionModel, as_json(teacher))
     own = {'student, frozen': 2*frozen, 'student, trained': 16*trained, 'teacher': 2*guide, 'surrogate, trained': 16*surrogate_pass(as_json(teacher), s.surrogate_rank)[1], 'autoencoder': 2*decoder}
     return {k: v/2**30 for k, v in own.items()}
 
@@ -894,7 +900,7 @@ def memory_plan(configs: tuple, s: Setting, prompts: int = 2000, buffer: int = 2
     latent, p, h = 4*(resolution//8)**2*4/2**30, student_pass(as_json(student), s.lora_rank)[0], surrogate_pass(as_json(teacher), s.surrogate_rank)[0]
     fixed = weights_memory(configs, s) | {'prompts': prompts*77*student['cross_attention_dim']*2/2**30, 'replay buffer': buffer*latent, 'latents and noise of a batch': 12*batch_size*latent, 'reward': reward_gb, 'CUDA (assumed)': OVERHEAD}
     update = activations([(p, batch_size)]*num_steps+[(h, num_steps*batch_size), (p, lcm_batch)], s)
-    labels = decode_memory(vae, resolution)+s.sample_batch*2*3*resolution**2*4/2**30
+    labels = decode_memory(as_json(vae), resolution)+s.sample_batch*2*3*resolution**2*4/2**30
     return pd.DataFrame(dict(GB=fixed | {'an update': update, 'or labelling': labels, 'peak': sum(fixed.values())+max(update, labels)}))
 
 # %% ../nbs/14_sdxl.ipynb #0172

@@ -19,6 +19,7 @@ GAINS |= {'lasro-frozen': -.1, 'lasro-second-only': .2}
 ONE_REWARD = dict(gors_lcm='text_alignment', direct='image_reward')
 PROMPTS = 24
 TRL = dict(batch=64, num_steps=2, trl='0.23.1', n=40, lasro_ms=70., trl_ms=100., ratio=.7, ratio_q25=.65, ratio_q75=.75) # what bench/rlcm_trl.py leaves
+GPU_ROW = dict(row='generator-lcm-ssd-1b-1024-plain', what='generator', model='lcm-ssd-1b', resolution=1024, variant='plain', device='a GPU', batch=4, ms=900., ms_q25=890., ms_q75=910., images_per_s=4.4, peak_gb=21., flop_use=.45) # and bench/sdxl.py
 
 
 def scores(num_steps: int, gain: float, reward: str, rng) -> pd.DataFrame:
@@ -89,6 +90,7 @@ def drawn(tmp_path_factory):
                 for arm in EVERYWHERE: time_alone(arm, 'attribute_binding', find_lr(arm))
                 for arm in EVERYWHERE: time_alone(arm, 'text_alignment', .5 if arm == 'pso' else find_lr(arm)) # that of pso is of a setting that no run has
                 save_json(TRL | dict(environment=dict(device='a device')), results_dir('lab')/'bench'/'rlcm_trl-cpu.json')
+                save_json(GPU_ROW, results_dir('sdxl')/'bench'/f"{GPU_ROW['row']}.json")
         folders.append((draw(results, results/'out'), results/'out'))
     for process, _ in folders:
         err = process.communicate(timeout=300)[1]
@@ -149,6 +151,8 @@ def test_seconds_are_those_of_a_run_alone(drawn):
             assert row.note.endswith('a device, alone' if alone else 'a device')
             assert (float(row.seconds_to_half) == 2*(float(row.calls_to_half)/330-1)) == alone # a second a step
     costs = table(drawn[0], 'tab_cost').set_index(['arm', 'reward', 'device'])
+    full = costs.loc[('lasro', 'none', 'a GPU')]
+    assert full.note == 'generator of lcm-ssd-1b, random weights, 1024 px, plain' and (full.ms, full.peak_gb, full.flop_use) == (900, 21, .45)
     assert costs.loc[('lasro', 'attribute_binding', 'a device, alone'), 'evaluation_s'] == 7 and costs.loc[('lasro', 'attribute_binding', 'a device'), 'evaluation_s'] == 20
     assert ('lasro', 'text_alignment', 'a device, alone') in costs.index and ('pso', 'text_alignment', 'a device, alone') not in costs.index
     assert costs.loc[('rlcm', 'none', 'a device, alone'), ['ratio', 'ratio_q25', 'ratio_q75']].tolist() == [.7, .65, .75]
