@@ -93,8 +93,8 @@ def change(arm, variant: str):
     if variant == 'channels_last': unet.to(memory_format=torch.channels_last); arm.task.teacher.to(memory_format=torch.channels_last)
     if variant == 'fused': arm.optimizer = torch.optim.AdamW(arm.task.params, arm.options.lr, weight_decay=0., fused=True)
     if variant == 'compile':
-        import torch._dynamo
-        torch._dynamo.config.recompile_limit = 64 # one block is compiled for generator, teacher and surrogate
+        from torch import _dynamo
+        _dynamo.config.recompile_limit = 64 # one block is compiled for generator, teacher and surrogate
         for block in (b for u in (unet, arm.task.teacher) for b in (*u.down_blocks, *u.up_blocks, u.mid_block) if b is not None): block.compile()
     if variant == 'cudnn_attention': [torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_mem_efficient_sdp(False), torch.backends.cuda.enable_cudnn_sdp(True)]
 

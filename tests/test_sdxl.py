@@ -3,10 +3,11 @@ import json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import numpy as np, pandas as pd
 import pytest, torch
 from conftest import ROOT
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 
 from lasro import sdxl
 from lasro.finetune import ARMS, NO_REWARD, checkpoint, find_arm, train
@@ -89,8 +90,15 @@ def test_what_comes_out_loads_in_stock_diffusers(fresh, tmp_path, name):
 @pytest.mark.parametrize('arm', ARMS)
 def test_every_arm_runs(fresh, arm, name):
     model, cond = fresh(name)
-    options = dict(FEW, outer_steps=0) if arm == 'base' else FEW
+    before, teacher = our_pictures(model.pipe, cond), {k: v.clone() for k, v in model.teacher.state_dict().items()}
+    options = dict(FEW, outer_steps=0) if arm == 'base' else FEW | dict(lr=3e-3, warmup=1)
     run = tune(model, brightness, TEXTS, cond, SETTING, arm=arm, profile='smoke', **options)
+    moved = (our_pictures(run.pipe, cond)-before).abs().max()
+    assert moved < 1e-6 if arm == 'base' else moved > 1e-3
+    after = {k.replace('.base_layer', ''): v for k, v in model.teacher.state_dict().items()} # LaSRO's surrogate is an adapter on it
+    assert all(torch.equal(v, after[k]) for k, v in teacher.items())
+    losses = run.metrics.filter(regex='loss|grad_norm')
+    assert arm == 'base' or (len(losses.columns) and np.isfinite(losses.iloc[1:].dropna(axis=1, how='all')).all().all())
     assert len(run.metrics) == (0 if arm == 'base' else 3) and run.record['arm'] == arm
     calls = 0 if arm in NO_REWARD else (2+2*2)*2*2
     assert run.record['reward_calls'] == calls
@@ -167,15 +175,45 @@ def test_a_wrong_network_gets_one_line(forms, tmp_path):
     one_line(e)
 
 
-def test_the_network_is_asked_only_for_hub_ids(forms, tmp_path, monkeypatch):
-    import socket
-    def refuse(*a, **k): raise OSError('the network was asked')
-    monkeypatch.setattr(socket.socket, 'connect', refuse)
-    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
-    model = load_few_step(forms['lcm-lora-sdxl'])
-    tune(model, brightness, TEXTS, cached_prompts(model, TEXTS, tmp_path), SETTING, out=tmp_path/'run', profile='smoke', **FEW)
-    with pytest.raises(OSError, match='teacher: nobody/nothing cannot be loaded') as e: load_few_step(replace(forms['lcm-ssd-1b'], teacher='nobody/nothing'))
-    one_line(e)
+OFFLINE_SCRIPT = """
+import socket, sys
+asked = []
+def refuse(*a, **k): asked.append(a); raise OSError('the network was asked')
+socket.socket.connect = socket.getaddrinfo = refuse
+import lasro, torch
+from pathlib import Path
+from lasro import sdxl
+if __name__ == '__main__': # the reward's process imports this file too
+    sys.path.append(sys.argv[2])
+    from test_sdxl import FEW, SETTING, TEXTS, brightness, replace
+    forms = {n: sdxl.replace(sdxl.FORMS[n], **{k: str(Path(sys.argv[1])/n/v) for k, v in places.items()}, vae='', resolution=64) for n, places in
+             {'lcm-lora-sdxl': dict(base='base', teacher='base', lora='lora'), 'lcm-ssd-1b': dict(base='base', teacher='base', unet='unet')}.items()}
+    model = sdxl.load_few_step(forms['lcm-lora-sdxl'])
+    out = Path(sys.argv[3])
+    run = sdxl.tune(model, brightness, TEXTS, sdxl.cached_prompts(model, TEXTS, out/'prompts'), SETTING, out=out/'run', profile='smoke', **FEW)
+    sdxl.drop_text_encoders(model)
+    sdxl.export_merged(run, model, out/'merged')
+    assert not asked, asked
+    try: sdxl.load_few_step(sdxl.replace(forms['lcm-ssd-1b'], teacher='nobody/nothing'))
+    except OSError as e: assert asked and 'teacher: nobody/nothing cannot be loaded' in str(e) and '\\n' not in str(e), e
+    else: raise AssertionError('it was found')
+"""
+
+
+def test_the_network_is_asked_only_for_hub_ids(forms, tmp_path):
+    "In a process to which nobody has said that it is offline."
+    (tmp_path/'script.py').write_text(OFFLINE_SCRIPT)
+    folder = Path(forms['lcm-ssd-1b'].base).parents[1]
+    environment = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
+    found = subprocess.run([sys.executable, tmp_path/'script.py', folder, ROOT/'tests', tmp_path], capture_output=True, text=True, timeout=300, env=environment | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TMPDIR=str(tmp_path)))
+    assert found.returncode == 0, found.stderr[-3000:]
+
+
+def test_a_reward_elsewhere_is_offline(monkeypatch):
+    monkeypatch.delenv('HF_HUB_OFFLINE')
+    apart = sdxl.elsewhere('compressibility')
+    try: assert apart.pool.submit(os.getenv, 'HF_HUB_OFFLINE').result() == '1' and 'HF_HUB_OFFLINE' not in os.environ
+    finally: apart.pool.shutdown()
 
 
 @pytest.mark.parametrize('name', sdxl.FULL_REWARDS)
@@ -280,10 +318,19 @@ def test_prompt_files(tmp_path, name, text, expected):
     assert sdxl.read_prompt_set(tmp_path/name) == expected
 
 
-def test_a_table_without_prompts_gets_one_line(tmp_path):
-    (tmp_path/'x.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(ValueError, match='has no column of prompts') as e: sdxl.read_prompt_set(tmp_path/'x.csv')
-    one_line(e)
+@pytest.mark.parametrize('name, content, message', [
+    ('x.csv', b'a,b\n1,2\n', 'has no column of prompts'), ('x.csv', b'', 'x.csv cannot be read as csv'), ('x.csv', b'prompt,style\n,photo\n', 'x.csv holds no prompts'), ('x.txt', b'\n \n', 'x.txt holds no prompts'),
+    ('x.txt', b'\xff\xfe\x00', 'x.txt cannot be read as txt'), ('x.json', b'{"a": 1}', 'x.json cannot be read as json'), ('x.json', b'[1,', 'x.json cannot be read as json'), ('x.parquet', b'PAR1', 'x.parquet cannot be read as parquet'),
+    ('x.xlsx', b'', 'prompts are read from .txt, .csv, .tsv, .jsonl, .parquet, .json')])
+def test_a_broken_prompt_file_gets_one_line(tmp_path, name, content, message):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as e: sdxl.read_prompt_set(tmp_path/name)
+    assert str(tmp_path/name) in one_line(e)
+
+
+def test_what_spreadsheets_leave_is_read(tmp_path):
+    (tmp_path/'x.csv').write_bytes('\ufeffPrompt,style\n a fox ,photo\n,photo\na fox,anime\n'.encode())
+    assert sdxl.read_prompt_set(tmp_path/'x.csv') == ['a fox']
 
 
 def test_fid_of_folders(tmp_path):
@@ -331,6 +378,79 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert len(two['stopped']['rows']) == 3
 
 
+# Parameters
+
+def parameters(**changed) -> dict:
+    import importlib.util
+    spec = importlib.util.spec_from_file_location('launcher', ROOT/'workflow'/'accelerate'/'train.py')
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    return launcher.parameters([(k, str(v)) for k, v in changed.items()])
+
+
+def test_parameters_reach_the_run(fresh, tmp_path):
+    model, _ = fresh()
+    (tmp_path/'prompts.txt').write_text('a red ring\na blue cross\n'+'a red ring '*50)
+    (tmp_path/'test.txt').write_text('a green ring\n')
+    p = parameters(OVERRIDES='{"micro": 3, "blocks": false, "batch_size": 5}', HELD_OUT='incompressibility', PROMPTS=tmp_path/'prompts.txt', PROTOCOL='t2i-compbench', TEST_PROMPTS=tmp_path/'test.txt', ARM='rlcm')
+    ready = sdxl.prepare(model, p, tmp_path/'run', float('inf'))
+    assert ready.call['setting'] == replace(sdxl.SMALL_LADDER[0], micro=3, blocks=False) and ready.call['batch_size'] == 5 and ready.call['held_out'].name == 'incompressibility'
+    assert ready.call['texts'] == ['a red ring', 'a blue cross'] and ready.left_out == 1 and model.pipe.text_encoder is None
+    with pytest.raises(MemoryError, match='the leanest plan needs'): sdxl.fit_to_card(model, p, 2, 1., 0.)
+    less = sdxl.fit_to_card(model, p | dict(OVERRIDES='{"batch_size": 2}'), 2, float('inf'), 3.)[1]
+    assert less.GB['reward'] == 3 and less.GB['latents and noise of a batch'] < ready.plan.GB['latents and noise of a batch']
+    with pytest.warns(UserWarning, match='asks for 300 prompts and 1 are given'): assert sdxl.draw_protocol(model, ready.test, tmp_path/'drawn', 2) == 10
+    assert sdxl.draw_set(model, ready.test[2], ready.test[1], tmp_path/'other', 1, seed=51) == 1 # a picture depends on its seed alone
+    same = [Image.open(next((tmp_path/f).glob(f'*_{i:06d}.png'))) for f, i in (('drawn', 9), ('other', 0))]
+    assert np.array_equal(*map(np.asarray, same))
+
+
+@pytest.mark.parametrize('changed, message', [(dict(NUM_STEPS=5), 'give 1 to 4'), (dict(NUM_STEPS=0), 'give 1 to 4'), (dict(OVERRIDES='lr=1'), 'is no JSON'), (dict(PROTOCOL='coco'), 'it is one of t2i-compbench'), (dict(REWARD='compressibility', REWARD_OPTIONS='{"folder": "x"}'), 'takes no folder'), (dict(REWARD='beauty'), 'unknown reward')])
+def test_a_wrong_parameter_gets_one_line(fresh, tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message) as e: sdxl.prepare(fresh()[0], parameters(**changed), tmp_path/'run', float('inf'))
+    one_line(e)
+
+
+def test_a_wrong_form_gets_one_line():
+    with pytest.raises(ValueError, match='there is no model .sdxl.: it is one of lcm-ssd-1b') as e: sdxl.chosen_form('sdxl')
+    one_line(e)
+    mine = sdxl.chosen_form('lcm-ssd-1b', unet='/my/unet')
+    assert mine.unet == '/my/unet' and mine.licence == 'that of the folders given for lcm-ssd-1b' and 'unet' in sdxl.hub_places(mine)
+
+
+def test_the_card_runs(fresh, tmp_path):
+    "What the model card tells to run, run as it stands beside the weights."
+    model, cond = fresh()
+    run = tune(model, brightness, TEXTS, cond, SETTING, out=tmp_path/'run', profile='smoke', **FEW)
+    code = (tmp_path/'run'/'lora'/'README.md').read_text().split('```python\n')[1].split('```')[0]
+    found = subprocess.run([sys.executable, '-c', f'import lasro\n{code}\nassert image.size == (64, 64)'], cwd=tmp_path/'run'/'lora', capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+
+
+def test_the_record_is_written_last(fresh, tmp_path, monkeypatch):
+    "A run that dies over its grid is not finished, and goes on."
+    def die(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(sdxl, 'write_outputs', die)
+        model, cond = fresh()
+        with pytest.raises(KeyboardInterrupt): tune(model, brightness, TEXTS, cond, SETTING, out=tmp_path/'run', profile='smoke', **FEW)
+    assert not (tmp_path/'run'/'run.json').exists()
+    model, cond = fresh()
+    tune(model, brightness, TEXTS, cond, SETTING, out=tmp_path/'run', profile='smoke', **FEW)
+    assert (tmp_path/'run'/'run.json').exists() and (tmp_path/'run'/'lora'/'grid.png').exists()
+
+
+def test_merged_without_text_towers(fresh, tmp_path):
+    model, cond = fresh('lcm-lora-sdxl')
+    run = tune(model, brightness, TEXTS, cond, SETTING, profile='smoke', **FEW | dict(lr=3e-3, warmup=1))
+    ours = our_pictures(run.pipe, cond)
+    sdxl.drop_text_encoders(model)
+    merged = StableDiffusionXLPipeline.from_pretrained(sdxl.export_merged(run, model, tmp_path/'merged'), add_watermarker=False)
+    merged.set_progress_bar_config(disable=True)
+    stock = merged(TEXTS, num_inference_steps=2, guidance_scale=1., generator=torch.Generator().manual_seed(5), output_type='pt').images
+    assert (ours-stock).abs().max() < 1e-3
+
+
 # The launcher and the bench
 
 def test_the_launcher_refuses_an_unknown_parameter():
@@ -346,16 +466,46 @@ def test_the_bench_without_a_gpu_writes_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['kept.json']
 
 
-@pytest.mark.parametrize('what', ['generator', 'generator1', 'gradient', 'surrogate', 'sampling', 'labelling'])
-def test_every_row_of_the_bench_runs(what):
+@pytest.fixture(scope='module')
+def bench():
     sys.path.insert(0, str(ROOT/'bench'))
-    import sdxl as bench
+    import sdxl as module
     sys.path.pop(0)
-    row = bench.measure(what, 'lcm-ssd-1b', 64, device='cpu', small=True, rounds=3, warmup=0)
+    return module
+
+
+@pytest.mark.parametrize('what, variant', [*((w, 'plain') for w in ('generator', 'generator1', 'gradient', 'surrogate', 'sampling', 'labelling')), *(('generator', v) for v in ('channels_last', 'fused', 'no_blocks'))])
+def test_every_row_of_the_bench_runs(bench, what, variant):
+    row = bench.measure(what, 'lcm-ssd-1b', 64, variant, device='cpu', small=True, rounds=3, warmup=0)
     assert row['ms'] > 0 and row['ms_q25'] <= row['ms'] <= row['ms_q75'] and row['n'] == 3
     assert what == 'labelling' or row['flops'] > 0
     assert what != 'gradient' or row['time_ratio'] > 0
     assert len(set(map(bench.name, bench.rows()))) == len(bench.rows()) and bench.rows()[0][2] == 1024
+
+
+@pytest.mark.slow
+def test_a_compiled_update_runs(bench):
+    assert bench.measure('generator', 'lcm-ssd-1b', 64, 'compile', device='cpu', small=True, rounds=3, warmup=1)['ms'] > 0
+
+
+def test_a_batch_that_does_not_fit_is_halved(bench, monkeypatch):
+    asked = []
+    def measure(what, *args, batch, **keywords):
+        asked.append(batch)
+        if batch > 1: raise torch.OutOfMemoryError('too large')
+        return dict(what=what, batch=batch)
+    monkeypatch.setattr(bench, 'measure', measure)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+    assert bench.fitted(('generator', 'lcm-sdxl', 1024, 'plain')) == dict(what='generator', batch=1, too_large=[4, 2]) and asked == [4, 2, 1]
+    row = bench.fitted(('surrogate', 'lcm-sdxl', 1024, 'plain'))
+    assert row['too_large'] == [4, 2] and row['resolution'] == 1024 and 'ms' not in row
+
+
+def test_the_notebook_runs_in_bfloat16(tmp_path):
+    "As on a GPU, but on the CPU."
+    found = subprocess.run([sys.executable, ROOT/'workflow'/'run.py', ROOT/'nbs'/'14_sdxl.ipynb', tmp_path/'out.ipynb', '-p', 'DTYPE', 'bfloat16', '-p', 'OUT', str(tmp_path/'run')], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert np.isfinite(pd.read_csv(tmp_path/'run'/'metrics.csv').surrogate_loss.dropna()).all()
 
 
 @pytest.mark.slow
@@ -365,7 +515,6 @@ def test_the_notebook_runs_by_papermill_in_a_minute(tmp_path):
     assert (tmp_path/'run'/'run.json').exists() and (tmp_path/'run'/'lora'/'pytorch_lora_weights.safetensors').exists()
 
 
-@pytest.mark.slow
 def test_the_launcher_runs_two_processes(tmp_path):
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT/'workflow'/'accelerate'/'cpu.yaml', '--main_process_port', '0', ROOT/'workflow'/'accelerate'/'train.py', '-p', 'OUT', tmp_path/'run']
     found = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=540, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
