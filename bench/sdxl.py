@@ -95,7 +95,7 @@ def change(arm, variant: str):
     if variant == 'compile':
         from torch import _dynamo
         _dynamo.config.recompile_limit = 64 # one block is compiled for generator, teacher and surrogate
-        for block in (b for u in (unet, arm.task.teacher) for b in (*u.down_blocks, *u.up_blocks, u.mid_block) if b is not None): block.compile()
+        for block in (b for u in (unet, arm.task.teacher) for b in (*u.down_blocks, *u.up_blocks, u.mid_block) if b is not None): block.compile(dynamic=False)
     if variant == 'cudnn_attention': [torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_mem_efficient_sdp(False), torch.backends.cuda.enable_cudnn_sdp(True)]
 
 
