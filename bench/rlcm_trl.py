@@ -1,6 +1,7 @@
 """Times the update of `rlcm` against that of trl 0.23.1's DDPOTrainer, in turns: `python bench/rlcm_trl.py TRL_PYTHON [OUT]`.
 
 Both take a step of AdamW on the same batch of two-step samples: a UNet of the shapes pipeline's size without added conditions, all weights, no guidance, both steps of a sample in one update.
+In the same turns the UNet alone is timed on as many latents, forward and backward: `floor` is its share of trl's time, below which no update that trains on these samples can come.
 TRL_PYTHON is the interpreter of an environment with trl, as tests/oracles/ddpo_trl.py says. OUT is a folder, by default results/lab/bench. With CUDA in both environments the GPU is used, else the CPU with OMP_NUM_THREADS threads.
 """
 import contextlib, json, statistics, subprocess, sys, time
@@ -64,6 +65,17 @@ def lasro_update(config: dict):
     return lambda: arm.update(0, 0)
 
 
+def unet_alone(config: dict):
+    "Forward and backward of the UNet on the latents of one update, as a call."
+    from diffusers import UNet2DConditionModel
+    unet, x, words = UNet2DConditionModel(**config).to(device()), numbers(BATCH*STEPS, 4, SIZE, SIZE, seed=0), numbers(BATCH*STEPS, TOKENS, DIM, seed=1)
+    times = torch.tensor(TIMES, device=device()).repeat(BATCH)
+    def update():
+        unet.zero_grad()
+        unet(x, times, words).sample.mean().backward()
+    return update
+
+
 def worker(config: dict):
     "Answer each line on stdin with the seconds of one of trl's updates."
     update = trl_update(config)
@@ -80,15 +92,15 @@ def main(trl_python: str, out: Path):
         line = theirs.stdout.readline()
         if not line: sys.exit(f'{trl_python} cannot run trl: see its message above')
         return float(line)
-    ours, rows = lasro_update(config), []
+    ours, alone, rows = lasro_update(config), unet_alone(config), []
     for i in range(WARMUP+ROUNDS):
-        row = dict(lasro_s=seconds(ours), trl_s=trl())
+        row = dict(lasro_s=seconds(ours), trl_s=trl(), alone_s=seconds(alone))
         if i >= WARMUP: rows.append(row)
     theirs.stdin.close(); theirs.wait()
-    ratios = sorted(r['lasro_s']/r['trl_s'] for r in rows)
-    low, median, high = statistics.quantiles(ratios, n=4)
+    quartiles = lambda key: statistics.quantiles([r[key]/r['trl_s'] for r in rows], n=4)
+    (low, median, high), (floor_low, floor, floor_high) = quartiles('lasro_s'), quartiles('alone_s')
     record = dict(name='rlcm_trl', batch=BATCH, num_steps=STEPS, threads=torch.get_num_threads(), environment=environment(), trl='0.23.1', lasro_ms=1e3*statistics.median(r['lasro_s'] for r in rows),
-                  trl_ms=1e3*statistics.median(r['trl_s'] for r in rows), ratio=median, ratio_q25=low, ratio_q75=high, n=ROUNDS)
+                  trl_ms=1e3*statistics.median(r['trl_s'] for r in rows), ratio=median, ratio_q25=low, ratio_q75=high, floor=floor, floor_q25=floor_low, floor_q75=floor_high, n=ROUNDS)
     save_json(record, out/f'rlcm_trl-{device()}.json')
     print(json.dumps(record, indent=1))
 

@@ -18,7 +18,7 @@ EVERYWHERE = [arm for arm in GAINS if arm not in ('base', 'lcm_continued')]
 GAINS |= {'lasro-frozen': -.1, 'lasro-second-only': .2}
 ONE_REWARD = dict(gors_lcm='text_alignment', direct='image_reward')
 PROMPTS = 24
-TRL = dict(batch=64, num_steps=2, trl='0.23.1', n=40, lasro_ms=70., trl_ms=100., ratio=.7, ratio_q25=.65, ratio_q75=.75) # what bench/rlcm_trl.py leaves
+TRL = dict(batch=64, num_steps=2, trl='0.23.1', n=40, lasro_ms=70., trl_ms=100., ratio=.7, ratio_q25=.65, ratio_q75=.75, floor=.6, floor_q25=.58, floor_q75=.62) # what bench/rlcm_trl.py leaves
 GPU_ROW = dict(row='generator-lcm-ssd-1b-1024-plain', what='generator', model='lcm-ssd-1b', resolution=1024, variant='plain', device='a GPU', batch=4, ms=900., ms_q25=890., ms_q75=910., images_per_s=4.4, peak_gb=21., flop_use=.45) # and bench/sdxl.py
 
 
