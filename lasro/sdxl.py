@@ -13,7 +13,7 @@ __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFI
            'missing', 'stand_ins', 'image_reward_module', 'transformers_verbosity', 'bert_tokenizer', 'mend_bert',
            'load_image_reward', 'image_reward', 'look', 'answer_logits', 'ask_blip', 'noun_phrases', 'load_spacy',
            'attribute_binding', 'best_layer', 'bertscore_recall', 'text_encoder', 'caption', 'text_alignment',
-           'clip_score', 'load_full_reward', 'serve', 'answer', 'Arriving', 'Elsewhere', 'elsewhere', 'offline',
+           'clip_score', 'load_full_reward', 'serve', 'answer', 'Arriving', 'Elsewhere', 'offline', 'elsewhere',
            'put_back', 'twice', 'checkpoint_block', 'Processes', 'Gather', 'Share', 'cut', 'InParts', 'in_parts',
            'decode_in_parts', 'Shared', 'Joined', 'AsOnGPU', 'keep', 'saved', 'gigabytes', 'Counted', 'count_pass',
            'meta_inputs', 'meta_unet', 'Alive', 'as_json', 'decode_memory', 'Setting', 'student_pass', 'surrogate_pass',
@@ -33,6 +33,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -450,6 +451,7 @@ def best_layer(config) -> int:
     "The layer that BERTScore compares: 40 of the 48 of deberta-xlarge-mnli; of others the last."
     return 40 if (config.model_type, config.num_hidden_layers) == ('deberta', 48) else config.num_hidden_layers
 
+# %% ../nbs/14_sdxl.ipynb #dace4b5a
 @torch.no_grad()
 def bertscore_recall(references: list[str], candidates: list[str], # N each, none empty
                      tokenizer, encoder, layer: int | None = None # whose hidden states are compared; None takes `best_layer`
@@ -560,13 +562,6 @@ class Elsewhere(Reward):
     def __call__(self, images, prompts, metadata=None): return self.submit(images, prompts).result()
 
 # %% ../nbs/14_sdxl.ipynb #0111
-def elsewhere(name: str, device: str = 'cpu', # where its networks live
-              **options) -> Elsewhere:
-    "The reward called so in a process of its own; it ends with this one."
-    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'))
-    with offline(): stated = pool.submit(importlib.import_module('lasro.sdxl').serve, name, device, options).result() # this starts the process
-    return Elsewhere(**stated, fn=None, pool=pool)
-
 @contextmanager
 def offline():
     "A process that is started inside the block never asks the hub: rewards are read from folders."
@@ -574,6 +569,14 @@ def offline():
     os.environ['HF_HUB_OFFLINE'] = '1'
     try: yield
     finally: os.environ.pop('HF_HUB_OFFLINE') if before is None else os.environ.update(HF_HUB_OFFLINE=before)
+
+# %% ../nbs/14_sdxl.ipynb #6d4fd4f9
+def elsewhere(name: str, device: str = 'cpu', # where its networks live
+              **options) -> Elsewhere:
+    "The reward called so in a process of its own; it ends with this one."
+    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'))
+    with offline(): stated = pool.submit(importlib.import_module('lasro.sdxl').serve, name, device, options).result() # this starts the process
+    return Elsewhere(**stated, fn=None, pool=pool)
 
 # %% ../nbs/14_sdxl.ipynb #0114
 @contextmanager
@@ -1208,6 +1211,7 @@ def write_outputs(run: TunedRun, model: FewStep, out: Path):
     figure = run.grid()
     for place in {weights, out}:
         with atomic_path(place/'grid.png') as tmp: figure.savefig(tmp, format='png', dpi=100)
+    plt.close(figure)
     with atomic_path(weights/'README.md') as tmp: tmp.write_text(model_card(run, model))
 
 # %% ../nbs/14_sdxl.ipynb #0228
