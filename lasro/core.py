@@ -124,8 +124,9 @@ def check_writable(path: Path # a folder that may not exist yet
     "Raise an `OSError` in one line now, rather than after the training, if nothing can be written to `path`."
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path/'.probe') as tmp: tmp.write_bytes(b'0'*65536)
-        (path/'.probe').unlink()
+        probe = path/f'.probe-{os.getpid()}' # several processes may look at once
+        with atomic_path(probe) as tmp: tmp.write_bytes(b'0'*65536)
+        probe.unlink()
     except OSError as e: raise OSError(f'cannot write to {path}: {e.strerror or e}; free some space, mend its rights or set LASRO_RESULTS to another folder') from None
 
 # %% ../nbs/00_core.ipynb #0030

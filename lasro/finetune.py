@@ -46,7 +46,7 @@ class ScoreNormaliser:
         if self.form == 'none': return r
         d = r.detach()
         now = torch.stack([d.mean(), d.max(), d.std(correction=0)])
-        self.stats = now if self.stats is None else torch.lerp(now, self.stats, self.decay)
+        self.stats = now if self.stats is None else torch.lerp(now, self.stats.to(now), self.decay)
         m, top, std = self.stats
         if self.form == 'a': return ((r-m)/(top-m+1e-8)).clamp(max=1)
         return ((r-m)/(std+1e-8)).clamp(-self.clip, self.clip)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFIG', 'SMALL_BLOCKS', 'CLIP_MEAN', 'CLIP_STD',
            'YES', 'NO', 'START', 'PLACES', 'QUESTION', 'FULL_REWARDS', 'HALVES', 'SINGLES', 'FULL_VAE', 'LADDER',
-           'SMALL_LADDER', 'OVERHEAD', 'MARGIN', 'CAPTIONS', 'TABLES', 'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS',
+           'SMALL_LADDER', 'OVERHEAD', 'MARGIN', 'TRAINED', 'CAPTIONS', 'TABLES', 'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS',
            'PUBLISHED', 'CARD', 'BUILT_IN', 'Form', 'full_unet', 'count_parameters', 'small_unet', 'small_pipeline',
            'small_form', 'chosen_form', 'hub_places', 'located', 'load_part', 'check_unet', 'load_unet', 'check_fits',
            'load_pipeline_parts', 'FewStep', 'free_memory', 'taken_memory', 'weights_gb', 'weights_dtype', 'put_on',
@@ -19,10 +19,11 @@ __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFI
            'meta_inputs', 'meta_unet', 'Alive', 'as_json', 'decode_memory', 'Setting', 'student_pass', 'surrogate_pass',
            'full_configs', 'configs_of', 'activations', 'size_of', 'weights_memory', 'memory_plan', 'choose_setting',
            'read_texts', 'read_as', 'some', 'read_table', 'read_prompt_set', 'readable', 'Protocol', 'protocol',
-           'draw_set', 'save_picture', 'inception', 'fid_statistics', 'reference_statistics', 'fid', 'join_processes',
-           'networks_of', 'optimizers_of', 'sum_gradients', 'shard', 'spread', 'tune_options', 'make_tune_task',
-           'draw_grid', 'TunedRun', 'tune', 'usage', 'model_card', 'write_outputs', 'export_merged', 'split_overrides',
-           'Prepared', 'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'draw_protocol', 'update_flops']
+           'draw_set', 'save_picture', 'draw_protocol', 'inception', 'fid_statistics', 'reference_statistics', 'fid',
+           'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard', 'spread', 'tune_options',
+           'make_tune_task', 'draw_grid', 'TunedRun', 'same_run', 'tune', 'usage', 'model_card', 'write_outputs',
+           'export_merged', 'json_dict', 'split_overrides', 'check_parameters', 'Prepared', 'read_and_encode',
+           'given_rewards', 'fit_to_card', 'prepare', 'update_flops']
 
 # %% ../nbs/14_sdxl.ipynb #0003
 import copy, functools, hashlib, importlib, importlib.util, json, math, os, re, shutil, sys, tempfile, types, warnings, weakref
@@ -51,9 +52,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # %% ../nbs/14_sdxl.ipynb #0004
-from .core import ASSETS, ROOT, atomic_path, check_writable, generator, is_finished, load_json, pick_device, results_dir, save_json
+from .core import ASSETS, ROOT, atomic_path, check_writable, generator, is_finished, load_json, pick_device, profile, results_dir, save_json
 from .exploration import vae_latent_shape
-from .finetune import NO_REWARD, Run, Task, finish, find_arm, make_options, sampled_data, train
+from .finetune import NO_REWARD, Run, Task, checkpoint as save_round, finish, find_arm, make_options, sampled_data, train
 from .models import Conditioning, adapter_layers, add_lora, build_towers, check_prompts, decode, encode_prompts, predict_noise, save_lora
 from .rewards import Reward, RewardError, check_rewards, first_line, import_function, load_reward
 from .sampling import alphas_cumprod, check_steps, draw_noise, lcm_timesteps, sample
@@ -237,6 +238,7 @@ def weights_dtype(name: str, device) -> torch.dtype:
     "Of frozen weights: by name, else bfloat16 on a GPU."
     known = dict(bfloat16=torch.bfloat16, float32=torch.float32)
     if name and name not in known: raise ValueError(f"DTYPE {name!r} is none of {', '.join(known)}")
+    if name == 'float32' and torch.device(device).type == 'cuda': raise ValueError('DTYPE float32 is for the CPU: memory on a GPU is planned for bfloat16')
     return known[name or ('bfloat16' if torch.device(device).type == 'cuda' else 'float32')]
 
 # %% ../nbs/14_sdxl.ipynb #3a677861
@@ -701,17 +703,23 @@ class Shared(Reward):
     processes: Processes = Processes()
     def submit(self, images, prompts):
         rows = self.processes.rows(len(images))
-        return Joined(self.inner.submit(self.processes.share(images)[rows], [prompts[i] for i in rows.tolist()]), len(images), self.processes)
+        try: mine = self.inner.submit(self.processes.share(images)[rows], [prompts[i] for i in rows.tolist()])
+        except Exception as e: mine = e
+        return Joined(mine, len(images), self.processes)
     def __call__(self, images, prompts, metadata=None): return self.submit(images, prompts).result()
 
 # %% ../nbs/14_sdxl.ipynb #0137
 @dataclass
 class Joined:
-    "Rewards of all processes, once each has its own."
-    mine: object
+    "Rewards of all processes, once each has its own; if one has failed, all say so."
+    mine: object # what the inner reward answered, or its error
     n: int
     processes: Processes
-    def result(self): return self.processes.gather(self.mine.result()[0], self.n), {}
+    def result(self):
+        try: values, error = (self.mine.result()[0], None) if not isinstance(self.mine, Exception) else (None, self.mine)
+        except Exception as e: values, error = None, e
+        if self.processes.least(float(error is None)) < 1: raise error or RewardError('the reward failed in another process')
+        return self.processes.gather(values, self.n), {}
 
 # %% ../nbs/14_sdxl.ipynb #0140
 HALVES, SINGLES = (F.linear, F.conv2d, torch.conv2d, torch.matmul, F.scaled_dot_product_attention), (F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm)
@@ -727,7 +735,9 @@ class AsOnGPU(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, dtype = kwargs or {}, torch.bfloat16 if func in HALVES else torch.float32 if func in SINGLES else None
         if dtype and self.autocast: args, kwargs = [self.cast(a, dtype) for a in args], {k: self.cast(v, dtype) for k, v in kwargs.items()}
-        if func is F.scaled_dot_product_attention and args[0].is_meta: return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        if func is F.scaled_dot_product_attention:
+            q, k, v = (*args, *(kwargs[name] for name in ('query', 'key', 'value') if name in kwargs))[:3]
+            if q.is_meta: return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
         return func(*args, **kwargs)
 
 # %% ../nbs/14_sdxl.ipynb #d5068505
@@ -879,7 +889,7 @@ def activations(passes: list[tuple[Counted, int]], # a pass of one sample, and i
     return held+top
 
 # %% ../nbs/14_sdxl.ipynb #0167
-OVERHEAD, MARGIN = 1.5, .05 # GB, and the share of a card that is kept free; both assumed
+OVERHEAD, MARGIN, TRAINED = 1.5, .05, 22 # GB and the share of a card that is kept free, both assumed; bytes of a trained weight
 
 @cache
 def size_of(cls, config: str) -> int: # parameters
@@ -891,18 +901,20 @@ def weights_memory(configs: tuple, s: Setting) -> dict: # GB
     student, teacher, vae, _ = configs
     _, frozen, trained = student_pass(as_json(student), s.lora_rank)
     decoder, guide = size_of(AutoencoderKL, as_json(vae)), size_of(UNet2DConditionModel, as_json(teacher))
-    own = {'student, frozen': 2*frozen, 'student, trained': 16*trained, 'teacher': 2*guide, 'surrogate, trained': 16*surrogate_pass(as_json(teacher), s.surrogate_rank)[1], 'autoencoder': 2*decoder}
+    own = {'student, frozen': 2*frozen, 'student, trained': TRAINED*trained, 'teacher': 2*guide, 'surrogate, trained': TRAINED*surrogate_pass(as_json(teacher), s.surrogate_rank)[1], 'autoencoder': 2*decoder}
     return {k: v/2**30 for k, v in own.items()}
 
 # %% ../nbs/14_sdxl.ipynb #0169
 def memory_plan(configs: tuple, s: Setting, prompts: int = 2000, buffer: int = 2048, # samples kept
-                batch_size: int = 16, lcm_batch: int = 8, num_steps: int = 2, reward_gb: float = 0. # of the reward's networks on this card
+                batch_size: int = 16, lcm_batch: int = 8, num_steps: int = 2, reward_gb: float = 0., # of the reward's networks on this card
+                world: int = 1, shards: bool = False # processes that share rows and, with `shards`, weights
                ) -> pd.DataFrame: # a row a part, in GB of 2^30 bytes; the last row is the peak
     "What takes how much, while the generator is updated or while pictures are labelled."
     student, teacher, vae, resolution = configs
     latent, p, h = 4*(resolution//8)**2*4/2**30, student_pass(as_json(student), s.lora_rank)[0], surrogate_pass(as_json(teacher), s.surrogate_rank)[0]
-    fixed = weights_memory(configs, s) | {'prompts': prompts*77*student['cross_attention_dim']*2/2**30, 'replay buffer': buffer*latent, 'latents and noise of a batch': 12*batch_size*latent, 'reward': reward_gb, 'CUDA (assumed)': OVERHEAD}
-    update = activations([(p, batch_size)]*num_steps+[(h, num_steps*batch_size), (p, lcm_batch)], s)
+    batch, lcm = -(-batch_size//world), -(-lcm_batch//world) # rows of one process
+    fixed = {k: v/(world if shards else 1) for k, v in weights_memory(configs, s).items()} | {'prompts': prompts*77*student['cross_attention_dim']*2/2**30, 'replay buffer': buffer*latent, 'latents and noise of a batch': 12*batch_size*latent, 'reward': reward_gb, 'CUDA (assumed)': OVERHEAD}
+    update = activations([(p, batch)]*num_steps+[(h, num_steps*batch), (p, lcm)], s)
     labels = decode_memory(as_json(vae), resolution)+s.sample_batch*2*3*resolution**2*4/2**30
     return pd.DataFrame(dict(GB=fixed | {'an update': update, 'or labelling': labels, 'peak': sum(fixed.values())+max(update, labels)}))
 
@@ -999,6 +1011,15 @@ def save_picture(image: torch.Tensor, # (3, H, W) in [0, 1]
                  path: Path):
     "Write a PNG file."
     with atomic_path(path) as tmp: Image.fromarray((image*255).round().to('cpu', torch.uint8).permute(1, 2, 0).numpy()).save(tmp, format='PNG')
+
+# %% ../nbs/14_sdxl.ipynb #aa66bbac
+def draw_protocol(model: FewStep, test: tuple, # a protocol, prompts and their conditioning
+                  folder: Path, num_steps: int, batch_size: int = 4, processes: Processes = Processes()) -> int: # pictures made now
+    "Draw what a protocol asks for."
+    asked, texts, cond = test
+    n = min(asked.prompts, len(texts))
+    if n < asked.prompts: warnings.warn(f'the protocol asks for {asked.prompts} prompts and {n} are given: its numbers cannot be compared with published ones')
+    return draw_set(model, cond[:n], texts[:n], folder, asked.per_prompt, num_steps, batch_size, asked.seed, processes)
 
 # %% ../nbs/14_sdxl.ipynb #0196
 def inception(folder: Path | str = '', # with inception-2015-12-05.pt; '' is where clean-fid keeps it
@@ -1124,15 +1145,25 @@ class TunedRun(Run):
         return show_images(torch.cat([self.before, self.after]), self.texts[:len(self.before)]+['']*len(self.after), ncols=len(self.before), scale=1.6)
 
 # %% ../nbs/14_sdxl.ipynb #0220
+def same_run(checkpoints: Path, asked: dict, writes: bool):
+    "Note what a run is; one line if its checkpoints are of another. Only the rows that are worked on at a time may change."
+    path, asked = checkpoints/'options.json', json.loads(json.dumps({k: v for k, v in asked.items() if k != 'sample_batch'}))
+    known = load_json(path) if path.exists() else asked
+    changed = [f'{k} {known.get(k)!r}, not {v!r}' for k, v in asked.items() if known.get(k) != v]
+    if changed: raise ValueError(f"{checkpoints.parent} holds an unfinished run with {'; '.join(changed)}: give another folder, or these values (OVERRIDES)")
+    if writes: save_json(asked, path)
+
+# %% ../nbs/14_sdxl.ipynb #7a37b400
 def tune(model: FewStep, reward, # as `finetune` takes it
          texts: list[str], cond: Conditioning, # of the prompts, and of captions of `data` behind them
          setting: Setting, num_steps: int = 2, out: Path | str | None = None, arm: str = 'lasro', seed: int = 0, profile: str = 'sdxl',
          data=None, # clean latents and the row of `cond` of each, for the LCM loss; None samples the model itself
          held_out=None, # a reward that is only watched
          processes: Processes = Processes(), dtype=None, # of autocast, e.g. torch.bfloat16
+         test: tuple | None = None, # a protocol, its prompts and their conditioning; drawn to out/protocol
          **options) -> TunedRun:
     "Tune a few-step model of full size, in place. A killed call goes on where it stopped, on any number of processes."
-    opts, out = tune_options(arm, profile, setting, **options), Path(out) if out else None
+    opts, out = tune_options(arm, profile, setting, **dict(sample_batch=setting.sample_batch*processes.world) | options), Path(out) if out else None
     if out: check_writable(out)
     if out and is_finished(out): raise FileExistsError(f'{out} holds a finished run: give another folder')
     task = make_tune_task(model, None if arm in NO_REWARD else reward, texts, cond, opts, num_steps, seed, held_out=held_out)
@@ -1140,11 +1171,14 @@ def tune(model: FewStep, reward, # as `finetune` takes it
     spread(method, processes, setting, dtype)
     task.data = data or sampled_data(task.pipe, cond[:len(texts)], batch_size=setting.sample_batch*processes.world)
     before = draw_grid(task)
+    if out: same_run(out/'checkpoints', dict(arm=arm, seed=seed, num_steps=num_steps, **asdict(opts)), task.writes)
     rows = train(method, opts.outer_steps, out/'checkpoints' if out else None, progress=task.writes)
+    if out: save_round(method, out/'checkpoints', opts.outer_steps, rows) # what follows may take long
     tuned = []
     def outputs(run): # the record is written last
         tuned.append(TunedRun(**vars(run), before=before, after=draw_grid(task), texts=texts))
         if out and task.writes: write_outputs(tuned[0], model, out)
+        if out and test: draw_protocol(model, test, out/'protocol', num_steps, processes=processes)
     finish(task, None, rows, arm, opts, profile, out, outputs)
     return tuned[0]
 
@@ -1228,65 +1262,76 @@ def export_merged(run: Run, # a LoRA run
 # %% ../nbs/14_sdxl.ipynb #0230
 BUILT_IN = ['a red fox in the snow', 'a blue bench and a green car', 'two cats on a sofa', 'a small house by a lake', 'a bowl of oranges', 'an old man with a hat', 'a yellow bird on a branch', 'a city at night'] # where no prompt file is given
 
+def json_dict(name: str, text: str) -> dict:
+    "A parameter that is JSON of names and values; one line if it is not."
+    try: found = json.loads(text)
+    except ValueError: found = None
+    if not isinstance(found, dict): raise ValueError(f"""{name} {text!r} is no JSON of names and values, such as '{{"lr": 1e-5}}'""")
+    return found
+
 def split_overrides(overrides: str) -> tuple[dict, dict]: # fields of `Setting`, options of the arm
     "Overrides as JSON, by whom they concern."
-    try: given = json.loads(overrides)
-    except ValueError as e: raise ValueError(f'OVERRIDES {overrides!r} is no JSON: {e}') from None
-    fields = Setting.__dataclass_fields__
+    given, fields = json_dict('OVERRIDES', overrides), Setting.__dataclass_fields__
+    for k, v in given.items():
+        if k in fields and not (type(v) is type(fields[k].default) and v >= 0): raise ValueError(f'OVERRIDES: {k} is {v!r}, but is of the kind of {fields[k].default!r}')
     return {k: v for k, v in given.items() if k in fields}, {k: v for k, v in given.items() if k not in fields}
 
 # %% ../nbs/14_sdxl.ipynb #084252a6
+def check_parameters(p: dict, out: Path):
+    "What can be told to be wrong before anything is loaded, in one line."
+    check_steps(p['NUM_STEPS'])
+    find_arm(p['ARM']); profile(p['PROFILE'])
+    fixed, options = split_overrides(p['OVERRIDES'])
+    o = tune_options(p['ARM'], p['PROFILE'], replace(LADDER[0], **fixed), **options)
+    wrong = [k for k in options if isinstance(getattr(find_arm(p['ARM'])[0].Options(), k), (int, float)) and not isinstance(getattr(o, k), (int, float))]
+    if wrong: raise ValueError(f'OVERRIDES: {wrong[0]} is {options[wrong[0]]!r}, but must be a number')
+    for name in ('REWARD_OPTIONS', 'HELD_OUT_OPTIONS'): json_dict(name, p[name])
+    if bool(p['PROTOCOL']) != bool(p['TEST_PROMPTS']): raise ValueError('PROTOCOL and TEST_PROMPTS go together: what is drawn, and of which prompts')
+    if p['PROTOCOL']: protocol(p['PROTOCOL'])
+    if is_finished(out): raise FileExistsError(f'{out} holds a finished run: give another folder')
+
+# %% ../nbs/14_sdxl.ipynb #26e87483
 @dataclass
 class Prepared:
     "What parameters ask for, ready to be run."
     call: dict                # keywords of `tune`
     plan: pd.DataFrame
     left_out: int             # prompts that cannot be read
-    test: tuple | None = None # protocol, prompts and their conditioning
 
 def read_and_encode(model: FewStep, path: str, folder: Path) -> tuple[list[str], Conditioning, int]:
     "The readable prompts of a file, encoded, and the number of others."
     texts, left_out = readable(read_prompt_set(path) if path else BUILT_IN, model.pipe.tokenizer)
     return texts, cached_prompts(model, texts, folder), left_out
 
-# %% ../nbs/14_sdxl.ipynb #26e87483
+# %% ../nbs/14_sdxl.ipynb #ea3eadd7
 def given_rewards(p: dict, device) -> tuple[Reward, Reward | None]: # trained on, and only watched
     "The rewards that the parameters name."
-    options, held_out = json.loads(p['REWARD_OPTIONS']), p['HELD_OUT']
+    options, held_out = json_dict('REWARD_OPTIONS', p['REWARD_OPTIONS']), p['HELD_OUT']
     reward = elsewhere(p['REWARD'], p['REWARD_DEVICE'], **options) if p['REWARD_DEVICE'] else load_full_reward(p['REWARD'], device, **options)
-    return reward, load_full_reward(held_out, device, **json.loads(p['HELD_OUT_OPTIONS'])) if held_out else None
+    return reward, load_full_reward(held_out, device, **json_dict('HELD_OUT_OPTIONS', p['HELD_OUT_OPTIONS'])) if held_out else None
 
-def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float) -> tuple[Setting, pd.DataFrame, dict]: # and the arm's options
+def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float, processes: Processes = Processes()) -> tuple[Setting, pd.DataFrame, dict]: # and the arm's options
     "The setting of a run, its plan, and its other overrides."
     fixed, options = split_overrides(p['OVERRIDES'])
     ladder = SMALL_LADDER if p['SMALL'] else LADDER
     o = tune_options(p['ARM'], p['PROFILE'], replace(ladder[0], **fixed), **options)
-    sizes = dict(prompts=n_prompts, buffer=getattr(o, 'buffer', 0), batch_size=o.batch_size, lcm_batch=o.lcm_batch, num_steps=p['NUM_STEPS'], reward_gb=reward_gb)
+    sizes = dict(prompts=n_prompts, buffer=getattr(o, 'buffer', 0), batch_size=o.batch_size, lcm_batch=o.lcm_batch, num_steps=p['NUM_STEPS'], reward_gb=reward_gb, world=processes.world, shards=processes.shards)
     return *choose_setting(configs_of(model), card, fixed, ladder, **sizes), options
 
-# %% ../nbs/14_sdxl.ipynb #ea3eadd7
+# %% ../nbs/14_sdxl.ipynb #5486cd49
 def prepare(model: FewStep, p: dict, # the parameters at the top by name
             out: Path, card: float, # GB that were free before anything lay on the card
             processes: Processes = Processes()) -> Prepared:
     "Read and encode prompts, drop the text towers, load the rewards and fit the run to the card."
-    check_steps(p['NUM_STEPS'])
+    check_parameters(p, out)
     (texts, cond, left_out), test = read_and_encode(model, p['PROMPTS'], out.parent/'prompts'), None
     if p['PROTOCOL']: test = (protocol(p['PROTOCOL']), *read_and_encode(model, p['TEST_PROMPTS'], out.parent/'prompts')[:2])
     drop_text_encoders(model)
     before = taken_memory(model.device)
     reward, held_out = given_rewards(p, processes.device)
-    setting, plan, options = fit_to_card(model, p, len(texts), processes.least(card), taken_memory(model.device)-before)
-    call = dict(reward=reward, texts=texts, cond=cond, setting=setting, num_steps=p['NUM_STEPS'], out=out, arm=p['ARM'], seed=p['SEED'], profile=p['PROFILE'], held_out=held_out, processes=processes, dtype=torch.bfloat16 if model.half else None)
-    return Prepared(call | options, plan, left_out, test)
-
-# %% ../nbs/14_sdxl.ipynb #1eab5b51
-def draw_protocol(model: FewStep, test: tuple, # as `Prepared` holds it
-                  folder: Path, num_steps: int, batch_size: int = 4, processes: Processes = Processes()) -> int: # pictures made now
-    "Draw what a protocol asks for."
-    asked, texts, cond = test
-    n = min(asked.prompts, len(texts))
-    if n < asked.prompts: warnings.warn(f'the protocol asks for {asked.prompts} prompts and {n} are given: its numbers cannot be compared with published ones')
-    return draw_set(model, cond[:n], texts[:n], folder, asked.per_prompt, num_steps, batch_size, asked.seed, processes)
+    setting, plan, options = fit_to_card(model, p, len(texts), processes.least(card), taken_memory(model.device)-before, processes)
+    call = dict(reward=reward, texts=texts, cond=cond, setting=setting, num_steps=p['NUM_STEPS'], out=out, arm=p['ARM'], seed=p['SEED'], profile=p['PROFILE'], held_out=held_out, processes=processes, dtype=torch.bfloat16 if model.half else None, test=test)
+    return Prepared(call | options, plan, left_out)
 
 # %% ../nbs/14_sdxl.ipynb #0246
 def update_flops(configs: tuple, s: Setting, options, num_steps: int = 2) -> dict: # floating-point operations

@@ -86,7 +86,9 @@ class SurrogateReward(nn.Module):
                 cond: Conditioning) -> torch.Tensor: # (B,)
         size = min(latents.shape[-1], self.max_size)
         levels = [F.adaptive_avg_pool2d(f, size) if f.shape[-1] > size else F.interpolate(f, size=(size, size)) for f in self.encoder(latents, cond)]
-        return self.out(self.head(torch.cat(levels, 1)).mean((2, 3)))[:, 0]
+        x = torch.cat(levels, 1)
+        with torch.autocast('cuda' if x.is_cuda else 'cpu', enabled=False): # in bfloat16 two rewards would be equal that differ by less than a hundredth
+            return self.out(self.head(x.to(self.out.weight.dtype)).mean((2, 3)))[:, 0]
 
 # %% ../nbs/07_surrogate.ipynb #0022
 class CLIPSurrogate(nn.Module):

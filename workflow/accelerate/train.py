@@ -5,6 +5,7 @@ import argparse, ast, json, os, sys, warnings
 from pathlib import Path
 
 warnings.filterwarnings('ignore')
+warnings.filterwarnings('default', module=r'lasro\.')
 import lasro # first: it lets a CUDA-built torchvision import beside a CPU torch # noqa: F401
 import torch
 import torch.distributed as dist
@@ -21,12 +22,21 @@ def defaults() -> dict:
     return {t.id: ast.literal_eval(node.value) for node in ast.parse(source).body for t in node.targets}
 
 
+def literal(name: str, value: str, default):
+    "A parameter that is no string."
+    try: found = ast.literal_eval(value)
+    except (ValueError, SyntaxError): found = None
+    kind = (int, float) if name == 'CARD_GB' else type(default)
+    if not isinstance(found, kind) or isinstance(found, bool) != isinstance(default, bool) or found < 0: raise ValueError(f'{name} is {value!r}, but is of the kind of {default!r}')
+    return found
+
+
 def parameters(changed) -> dict:
     "The defaults with (name, value) pairs in their places; an unknown name is refused."
     known = defaults()
     for name, value in changed:
         if name not in known: raise ValueError(f"there is no parameter {name}: it is one of {', '.join(known)}")
-        known[name] = value if isinstance(known[name], str) else ast.literal_eval(value)
+        known[name] = value if isinstance(known[name], str) else literal(name, value, known[name])
     return known
 
 
@@ -34,6 +44,7 @@ def train(p: dict):
     "The run of the notebook's parameters, in this process."
     if not p['OUT']: raise ValueError('OUT is needed: the folder of the run')
     out = Path(p['OUT'])
+    sdxl.check_parameters(p, out)
     torch.manual_seed(p['SEED'])
     small = out.parent/f"small-{os.environ.get('RANK', 0)}" if p['SMALL'] else None # before the processes meet: transformers lets only the first of them save
     form = sdxl.chosen_form(p['MODEL'], small, **{k.lower(): p[k] for k in ('BASE', 'UNET', 'LORA', 'TEACHER', 'VAE', 'RESOLUTION')})
@@ -41,9 +52,8 @@ def train(p: dict):
     card = p['CARD_GB'] or sdxl.free_memory(processes.device)
     model = sdxl.load_few_step(form, processes.device, sdxl.weights_dtype(p['DTYPE'], processes.device))
     ready = sdxl.prepare(model, p, out, card, processes)
-    if processes.rank == 0: print(f"{len(ready.call['texts'])} prompts, {ready.left_out} left out; from the hub: {sdxl.hub_places(form) or 'nothing'}\n{ready.plan.round(2).to_string()}", flush=True)
+    if processes.rank == 0: print(f"{processes.world} processes; {len(ready.call['texts'])} prompts, {ready.left_out} left out; from the hub: {sdxl.hub_places(form) or 'nothing'}\n{ready.plan.round(2).to_string()}", flush=True)
     run = sdxl.tune(model, **ready.call)
-    if ready.test: sdxl.draw_protocol(model, ready.test, out/'protocol', p['NUM_STEPS'], processes=processes)
     if processes.rank == 0: print(run, flush=True)
 
 
@@ -51,7 +61,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='parameters')
     try: train(parameters(parser.parse_args().parameters))
-    except (ValueError, OSError, MemoryError, ImportError) as e: sys.exit(str(e))
+    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError, torch.OutOfMemoryError) as e: sys.exit(str(e))
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
