@@ -1269,6 +1269,7 @@ def json_dict(name: str, text: str) -> dict:
     if not isinstance(found, dict): raise ValueError(f"""{name} {text!r} is no JSON of names and values, such as '{{"lr": 1e-5}}'""")
     return found
 
+# %% ../nbs/14_sdxl.ipynb #39187c1e
 def split_overrides(overrides: str) -> tuple[dict, dict]: # fields of `Setting`, options of the arm
     "Overrides as JSON, by whom they concern."
     given, fields = json_dict('OVERRIDES', overrides), Setting.__dataclass_fields__
