@@ -229,8 +229,8 @@ def dry_run(target: str, cwd, *options) -> str:
     return found.stdout+found.stderr
 
 
-@pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3+3*2), ('tuning', sum(map(len, (*GRID.values(), *FINALISTS.values())))), # six baselines have three rewards and three seeds, direct has one reward, the best of each reward two seeds more
-                                          ('ablations', 3*(6+10)+5), ('questions', 3*5+3*(1+5+3)), ('rewards', 6*3*3+2*5+5)])
+@pytest.mark.parametrize('target, runs', [('baselines', 6*3*3+3+3*2), ('tuning', sum(map(len, (*GRID.values(), *FINALISTS.values())))), # six baselines have three rewards and three seeds, direct has one reward, the best of each reward two seeds more, as do those of CROSSED
+                                          ('ablations', 3*(6+10)+5+2*9), ('questions', 5*5+3*(1+5+3)+2), ('rewards', 6*3*3+2*5+5+2*4)])
 def test_the_plan_has_every_run(tmp_path, target, runs):
     assert ['run', str(runs)] in [line.split() for line in dry_run(target, tmp_path, '-q', 'rules').splitlines()]
 
@@ -238,7 +238,7 @@ def test_the_plan_has_every_run(tmp_path, target, runs):
 def test_a_planned_run_gets_its_overrides_and_its_reward(tmp_path):
     commands = {line for target in ('questions', 'rewards') for line in dry_run(target, tmp_path, '-p').splitlines() if 'run.py' in line}
     one = [c for c in commands if '-p SETTING ns-1 ' in c]
-    assert len(one) == 3 and all('"n_noises": 1' in c and '"pretrain_prompts": 420' in c and '-p SPLIT test' in c for c in one)
+    assert len(one) == 5 and all('"n_noises": 1' in c and '"pretrain_prompts": 420' in c and '-p SPLIT test' in c for c in one)
     three = [c for c in commands if '-p SETTING equal-calls ' in c and '-p NUM_STEPS 3 ' in c]
     assert len(three) == 3 and all('"pretrain_prompts": 47,' in c for c in three)
     own = [c for c in commands if '-p REWARD my_reward:free_margin ' in c]
