@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import lasro # first: it lets a CUDA-built torchvision import beside a CPU torch # noqa: F401
+import torch
 import torch.distributed as dist
 
 from lasro.finetune import checkpoint, find_arm, train
-from lasro.sdxl import FORMS, Processes, Setting, join_processes, load_few_step, make_tune_task, sampled_data, spread, tune_options
+from lasro.sdxl import FORMS, Processes, Setting, Shared, join_processes, load_few_step, make_tune_task, sampled_data, spread, tune_options
 from lasro.models import encode_prompts
+from lasro.rewards import RewardError, load_reward
 
 TEXTS = ['a red ring and a blue cross', 'a large green square', 'a cyan circle', 'an orange cross and a blue ring']
 OPTIONS = dict(pretrain_prompts=3, n_noises=2, pretrain_steps=2, outer_steps=5, generator_steps=1, surrogate_steps=1, collect_prompts=2, batch_size=3, lcm_batch=3, groups=2, probe_prompts=0, lr=1e-3, warmup=1)
@@ -16,6 +18,19 @@ LORA, FULL = Setting(lora_rank=4, surrogate_rank=4, micro=1, blocks=True, sample
 
 
 def redness(images, prompts, metadata): return images[:, 0].mean((1, 2))-images[:, 1:].mean((1, 2, 3))
+
+
+def choosy(images, prompts, metadata):
+    "Cannot read the last prompt, which the last process scores."
+    if TEXTS[-1] in prompts: raise ValueError('it names nothing')
+    return images.mean((1, 2, 3))
+
+
+def failing(processes: Processes) -> list[dict]:
+    "What each process is told where one cannot score its rows."
+    reward = load_reward(choosy)
+    try: Shared(**vars(reward), inner=reward, processes=processes)(torch.zeros(4, 3, 8, 8), TEXTS)
+    except RewardError as e: return [dict(said=str(e))]
 
 
 def scenario(folder: Path, name: str, processes: Processes) -> list[dict]:
@@ -38,6 +53,6 @@ def scenario(folder: Path, name: str, processes: Processes) -> list[dict]:
 if __name__ == '__main__':
     processes = join_processes(cpu=True)
     for name in sys.argv[2:]:
-        rows = scenario(Path(sys.argv[1]), name, processes)
+        rows = failing(processes) if name == 'failing' else scenario(Path(sys.argv[1]), name, processes)
         if processes.rank == 0: (Path(sys.argv[1])/f'{name}-{processes.world}.json').write_text(json.dumps(dict(world=processes.world, rows=rows)))
     dist.destroy_process_group()

@@ -368,7 +368,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     from sdxl_worker import scenario
     torch.manual_seed(0)
     small_form('lcm-ssd-1b', tmp_path/'form')
-    launch(tmp_path, 'lora', 'stopped', 'full')
+    launch(tmp_path, 'failing', 'lora', 'stopped', 'full')
     two = {name: json.loads((tmp_path/f'{name}-2.json').read_text()) for name in ('lora', 'stopped', 'full')}
     assert two['lora']['world'] == 2 and len(two['lora']['rows']) == 6
     lora = scenario(tmp_path, 'lora', Processes())
@@ -376,6 +376,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     close(scenario(tmp_path, 'full', Processes()), two['full']['rows'])
     close(lora, scenario(tmp_path, 'resumed', Processes()))
     assert len(two['stopped']['rows']) == 3
+    assert json.loads((tmp_path/'failing-2.json').read_text())['rows'] == [dict(said='the reward failed in another process')] # and nobody waits for ever
 
 
 # Parameters
