@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/10_baselines.ipynb #0004
 from .core import Profile, profile, randn
@@ -511,13 +512,23 @@ def samples(self: Direct, k: int, i: int) -> int: # in update i of round k; `pre
 
 # %% ../nbs/10_baselines.ipynb #0163
 @patch
+def scored(self: Direct, z: torch.Tensor, # (B, 4, h, w)
+           texts: list[str]) -> torch.Tensor: # (B,)
+    "The true reward with its gradient, `sample_batch` pictures at a time; if these are not all, each part is computed again in the backward."
+    t, at_once = self.task, self.options.sample_batch or len(z)
+    def score(z, texts): return t.reward(decode(t.pipe.vae, z), texts)[0]
+    if len(z) <= at_once: return score(z, texts)
+    return torch.cat([checkpoint(score, part, texts[i*at_once:(i+1)*at_once], use_reentrant=False) for i, part in enumerate(z.split(at_once))])
+
+# %% ../nbs/10_baselines.ipynb #518e69f2
+@patch
 def reward_loss(self: Direct, k: int, i: int) -> tuple[torch.Tensor, dict]:
     "LaSRO's loss with the true reward."
     t, n, g, unet = self.task, self.samples(k, i), self.task.stream('generator', k, i), self.task.pipe.unet
     prompt = torch.randint(len(t.texts), (n,), generator=g)
     noise, injected = draw_noise(n, t.num_steps, g, vae_latent_shape(unet, t.pipe.vae), t.cond.pooled.device)
     z, texts = sample(unet, t.cond[prompt], noise, injected, t.num_steps, self.options.detach).denoised, [t.texts[p] for p in prompt.tolist()]
-    r = {s: t.reward(decode(t.pipe.vae, z[s]), texts)[0] for s in self.weights}
+    r = {s: self.scored(z[s], texts) for s in self.weights}
     t.budget.reward(n*len(r)); t.budget.forward(n*t.num_steps, backward=torch.is_grad_enabled())
     loss = -sum(w*self.normalise[s](r[s]).mean() for s, w in self.weights.items())
     row = dict(reward=r[t.num_steps-1].mean().item()) if t.num_steps-1 in r else {}

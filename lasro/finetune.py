@@ -475,7 +475,7 @@ def read_prompts(prompts # a list, or a text file with one prompt a line
     "Prompts from a list or a file."
     if not isinstance(prompts, (str, Path)): return list(prompts)
     if not Path(prompts).is_file(): raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file with one a line')
-    return [line.strip() for line in Path(prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
+    return [line.strip() for line in Path(prompts).read_text(encoding='utf-8-sig').splitlines() if line.strip()]
 
 # %% ../nbs/09_lasro.ipynb #0101
 def finetune(pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family

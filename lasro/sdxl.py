@@ -16,20 +16,20 @@ __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFI
            'clip_score', 'load_full_reward', 'serve', 'answer', 'Arriving', 'Elsewhere', 'offline', 'elsewhere',
            'put_back', 'twice', 'checkpoint_block', 'Processes', 'Gather', 'Share', 'cut', 'InParts', 'in_parts',
            'decode_in_parts', 'Shared', 'Joined', 'AsOnGPU', 'keep', 'saved', 'gigabytes', 'Counted', 'count_pass',
-           'meta_inputs', 'meta_unet', 'Alive', 'as_json', 'decode_memory', 'Setting', 'student_pass', 'surrogate_pass',
-           'full_configs', 'configs_of', 'activations', 'size_of', 'weights_memory', 'memory_plan', 'choose_setting',
-           'read_texts', 'read_as', 'some', 'read_table', 'read_prompt_set', 'readable', 'Protocol', 'protocol',
-           'draw_set', 'save_picture', 'draw_protocol', 'inception', 'fid_statistics', 'reference_statistics', 'fid',
-           'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard', 'spread', 'tune_options',
-           'make_tune_task', 'draw_grid', 'TunedRun', 'same_run', 'tune', 'usage', 'model_card', 'write_outputs',
-           'export_merged', 'json_dict', 'split_overrides', 'check_parameters', 'Prepared', 'read_and_encode',
-           'given_rewards', 'fit_to_card', 'prepare', 'update_flops']
+           'meta_inputs', 'meta_unet', 'Alive', 'as_json', 'decode_memory', 'decoder_pass', 'Setting', 'student_pass',
+           'surrogate_pass', 'full_configs', 'configs_of', 'activations', 'size_of', 'weights_memory', 'memory_plan',
+           'choose_setting', 'read_texts', 'read_as', 'some', 'read_table', 'read_prompt_set', 'readable', 'Protocol',
+           'protocol', 'draw_set', 'save_picture', 'draw_protocol', 'inception', 'fid_statistics',
+           'reference_statistics', 'fid', 'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard',
+           'spread', 'tune_options', 'make_tune_task', 'draw_grid', 'TunedRun', 'same_run', 'tune', 'usage',
+           'model_card', 'write_outputs', 'export_merged', 'json_dict', 'split_overrides', 'check_parameters',
+           'Prepared', 'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'update_flops']
 
 # %% ../nbs/14_sdxl.ipynb #0003
 import copy, functools, hashlib, importlib, importlib.util, json, math, os, re, shutil, sys, tempfile, types, warnings, weakref
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,13 +54,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 # %% ../nbs/14_sdxl.ipynb #0004
 from .core import ASSETS, ROOT, atomic_path, check_writable, generator, is_finished, load_json, pick_device, profile, results_dir, save_json
 from .exploration import vae_latent_shape
-from .finetune import NO_REWARD, Run, Task, checkpoint as save_round, finish, find_arm, make_options, sampled_data, train
+from .finetune import NO_REWARD, Run, Task, checkpoint as save_round, finish, find_arm, make_options, read_prompts, sampled_data, train
 from .models import Conditioning, adapter_layers, add_lora, build_towers, check_prompts, decode, encode_prompts, predict_noise, save_lora
-from .rewards import Reward, RewardError, check_rewards, first_line, import_function, load_reward
+from .rewards import REWARDS, Reward, RewardError, check_rewards, first_line, import_function, load_reward
 from .sampling import alphas_cumprod, check_steps, draw_noise, lcm_timesteps, sample
 from .shapes import show_images
 from .surrogate import SurrogateReward
-import lasro.baselines # its arms, by name # noqa: F401
+from .baselines import reward_calls # this also makes its arms known by name
 
 # %% ../nbs/14_sdxl.ipynb #0008
 @dataclass(frozen=True)
@@ -255,8 +255,9 @@ def load_few_step(form: Form, device='cpu', dtype=torch.float32) -> FewStep:
     "Load, fuse an LCM-LoRA, check, freeze; errors are one line and say what to do."
     pipe, teacher = load_pipeline_parts(form, dtype), load_unet(form.teacher, 'teacher', dtype)
     if form.lora:
-        located(form.lora, 'lora')
-        pipe.load_lora_weights(form.lora, **(dict(weight_name='pytorch_lora_weights.safetensors') if Path(form.lora).is_dir() else {}))
+        name, known = 'pytorch_lora_weights.safetensors', located(form.lora, 'lora')
+        if known and not (Path(form.lora)/name).exists(): raise FileNotFoundError(f'lora: {form.lora} holds no {name}: rename the file, or give its folder')
+        pipe.load_lora_weights(form.lora, **(dict(weight_name=name) if known else {}))
         pipe.fuse_lora(); pipe.unload_lora_weights()
     check_unet(pipe.unet, form.base)
     check_fits(pipe, teacher, form)
@@ -525,6 +526,7 @@ def load_full_reward(name: str, # of `FULL_REWARDS`, else as `05_rewards` takes 
                      device='cpu', **options) -> Reward:
     "A reward at size; any other name, or module:function, as `05_rewards` takes it."
     if name in FULL_REWARDS: return FULL_REWARDS[name](device=device, **options)
+    if ':' not in name and name not in REWARDS: raise ValueError(f"there is no reward {name!r}: choose one of {', '.join(dict.fromkeys([*FULL_REWARDS, *REWARDS]))}, or give your own as module:function")
     if options: raise ValueError(f"reward {name!r} takes no {', '.join(options)}: only {', '.join(FULL_REWARDS)} do")
     return load_reward(name, device)
 
@@ -767,9 +769,9 @@ class Counted:
     flops: float  # of the forward
 
 def count_pass(network: nn.Module, # on meta
-               unet: UNet2DConditionModel, # the one whose blocks are checkpointed
-               run # () -> output
-              ) -> Counted:
+               blocks_of: nn.Module, # the part whose blocks are checkpointed
+               run, # () -> output
+              autocast: bool = True) -> Counted:
     "Count a pass of `run` through `network`."
     weights, kept, everything, blocks = {}, {}, {}, [0.]
     keep(weights, network.parameters())
@@ -780,8 +782,8 @@ def count_pass(network: nn.Module, # on meta
         everything.update(inside)
         blocks.append(gigabytes(inside, weights))
         return out
-    unet.enable_gradient_checkpointing(block)
-    with AsOnGPU(), FlopCounterMode(display=False) as flops, saved(kept): run()
+    blocks_of.enable_gradient_checkpointing(block)
+    with AsOnGPU(autocast), FlopCounterMode(display=False) as flops, saved(kept): run()
     return Counted(gigabytes(kept, weights), max(blocks), gigabytes(kept | everything, weights), flops.get_total_flops())
 
 # %% ../nbs/14_sdxl.ipynb #0144
@@ -828,6 +830,13 @@ def decode_memory(config: str, # an autoencoder's, as JSON
     return alive.most/2**30
 
 FULL_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=2, latent_channels=4, sample_size=1024)
+
+# %% ../nbs/14_sdxl.ipynb #9b9bffbb
+@cache
+def decoder_pass(config: str, resolution: int, dtype=torch.bfloat16) -> Counted:
+    "Decoding one picture with a backward."
+    with torch.device('meta'): vae, z = AutoencoderKL.from_config(json.loads(config)).to(dtype).requires_grad_(False), torch.empty(1, 4, resolution//8, resolution//8, dtype=dtype, requires_grad=True)
+    return count_pass(vae, vae, lambda: vae.decode(z), autocast=False)
 
 # %% ../nbs/14_sdxl.ipynb #0155
 @dataclass(frozen=True)
@@ -907,23 +916,26 @@ def weights_memory(configs: tuple, s: Setting) -> dict: # GB
 # %% ../nbs/14_sdxl.ipynb #0169
 def memory_plan(configs: tuple, s: Setting, prompts: int = 2000, buffer: int = 2048, # samples kept
                 batch_size: int = 16, lcm_batch: int = 8, num_steps: int = 2, reward_gb: float = 0., # of the reward's networks on this card
-                world: int = 1, shards: bool = False # processes that share rows and, with `shards`, weights
+                world: int = 1, shards: bool = False, # processes that share rows and, with `shards`, weights
+                pixels: int = 0 # pictures that an update decodes with a backward, as `direct` does
                ) -> pd.DataFrame: # a row a part, in GB of 2^30 bytes; the last row is the peak
     "What takes how much, while the generator is updated or while pictures are labelled."
     student, teacher, vae, resolution = configs
     latent, p, h = 4*(resolution//8)**2*4/2**30, student_pass(as_json(student), s.lora_rank)[0], surrogate_pass(as_json(teacher), s.surrogate_rank)[0]
     batch, lcm = -(-batch_size//world), -(-lcm_batch//world) # rows of one process
     fixed = {k: v/(world if shards else 1) for k, v in weights_memory(configs, s).items()} | {'prompts': prompts*77*student['cross_attention_dim']*2/2**30, 'replay buffer': buffer*latent, 'latents and noise of a batch': 12*batch_size*latent, 'reward': reward_gb, 'CUDA (assumed)': OVERHEAD}
-    update = activations([(p, batch)]*num_steps+[(h, num_steps*batch), (p, lcm)], s)
+    d = decoder_pass(as_json(vae), resolution) if pixels else Counted(0., 0., 0., 0.)
+    decoding = min(s.sample_batch, -(-pixels//world))*(d.kept if s.blocks else d.whole)+d.block*s.blocks # the decoder takes one picture at a time, and keeps them all
+    update = activations([(p, batch)]*num_steps+[(h, num_steps*batch), (p, lcm)], s)+decoding
     labels = decode_memory(as_json(vae), resolution)+s.sample_batch*2*3*resolution**2*4/2**30
     return pd.DataFrame(dict(GB=fixed | {'an update': update, 'or labelling': labels, 'peak': sum(fixed.values())+max(update, labels)}))
 
 # %% ../nbs/14_sdxl.ipynb #0172
-def choose_setting(configs: tuple, card_gb: float, changed: dict = {}, # fields of `Setting` that are fixed beforehand
+def choose_setting(configs: tuple, card_gb: float, changed: dict | None = None, # fields of `Setting` that are fixed beforehand
                    ladder=LADDER, **sizes # of `memory_plan`
                   ) -> tuple[Setting, pd.DataFrame]:
     "The most generous setting that fits with a margin; one line if none does."
-    for s in (replace(s, **changed) for s in ladder):
+    for s in (replace(s, **changed or {}) for s in ladder):
         plan = memory_plan(configs, s, **sizes)
         if plan.GB['peak'] <= (1-MARGIN)*card_gb: return s, plan
     raise MemoryError(f"the leanest plan needs {plan.GB['peak']:.1f} GB and the card has {card_gb:.1f}, of which {MARGIN:.0%} stay free: take a smaller resolution, batch_size, lora_rank or buffer, put the reward on another device, or use LCM-SSD-1B")
@@ -931,7 +943,7 @@ def choose_setting(configs: tuple, card_gb: float, changed: dict = {}, # fields 
 # %% ../nbs/14_sdxl.ipynb #0180
 def read_texts(path: Path | str) -> list[str]:
     "Prompts of a text file, a line each: T2I-CompBench's, or your own."
-    return some([line.strip() for line in read_as(path, lambda path: path.read_text(encoding='utf-8-sig')).splitlines()], path)
+    return some(read_as(path, read_prompts), path)
 
 def read_as(path, reader):
     "What `reader` makes of a file; one line that names the file if it cannot."
@@ -951,8 +963,8 @@ TABLES = {'.csv': functools.partial(pd.read_csv, encoding='utf-8-sig'), '.tsv': 
 
 def read_table(path: Path | str) -> list[str]:
     "Distinct prompts of a table (csv, tsv, jsonl, parquet) or a JSON list: Pick-a-Pic, DrawBench, HPSv2."
-    if Path(path).suffix not in TABLES: raise ValueError(f"{path}: prompts are read from {', '.join(('.txt', *TABLES))}")
-    rows = read_as(path, TABLES[Path(path).suffix])
+    if (kind := Path(path).suffix.lower()) not in TABLES: raise ValueError(f"{path}: prompts are read from {', '.join(('.txt', *TABLES))}")
+    rows = read_as(path, TABLES[kind])
     names = {str(c).strip().lower(): c for c in rows.columns}
     column = next((names[c] for c in (*CAPTIONS, '0') if c in names), None) # a list of strings has the one column 0
     if column is None: raise ValueError(f"{path} has no column of prompts: one of {', '.join(CAPTIONS)} is needed")
@@ -963,8 +975,9 @@ STYLES = ('anime', 'concept-art', 'paintings', 'photo')
 
 def read_prompt_set(path: Path | str) -> list[str]:
     "Prompts of a text file, a table, or HPSv2's folder of four styles."
+    if Path(path).is_dir() and not (Path(path)/'anime.json').exists(): raise FileNotFoundError(f"{path} is a folder, but not HPSv2's with anime.json and three more: give a file of prompts")
     if Path(path).is_dir(): return [t for style in STYLES for t in read_table(Path(path)/f'{style}.json')]
-    return read_texts(path) if Path(path).suffix == '.txt' else read_table(path)
+    return read_texts(path) if Path(path).suffix.lower() == '.txt' else read_table(path)
 
 # %% ../nbs/14_sdxl.ipynb #0187
 def readable(texts: list[str], tokenizer) -> tuple[list[str], int]: # those that fit, the number of others
@@ -1053,11 +1066,12 @@ def fid(folder: Path | str, reference: Path | str, # pictures, or kept statistic
     return float(frechet_distance(a['mu'], a['sigma'], b['mu'], b['sigma'])), a['n']
 
 # %% ../nbs/14_sdxl.ipynb #0203
-def join_processes(cpu: bool = False) -> Processes:
+def join_processes() -> Processes:
     "This process among those that `accelerate launch` started; alone without it."
-    if 'RANK' not in os.environ: return Processes(device='cpu' if cpu or not torch.cuda.is_available() else 'cuda')
+    cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true' or not torch.cuda.is_available()
+    if 'RANK' not in os.environ: return Processes(device='cpu' if cpu else 'cuda')
     from accelerate import PartialState
-    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+    state = PartialState(cpu=cpu)
     return Processes(state.process_index, state.num_processes, str(state.device), os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true')
 
 # %% ../nbs/14_sdxl.ipynb #0206
@@ -1097,6 +1111,7 @@ def spread(arm, processes: Processes, s: Setting, dtype=None # of autocast
     for m in networks_of(arm):
         if s.blocks: (m.encoder.unet if isinstance(m, SurrogateReward) else m).enable_gradient_checkpointing(checkpoint_block)
         in_parts(m, processes, s.micro, dtype)
+    if s.blocks: task.pipe.vae.enable_gradient_checkpointing(checkpoint_block) # `direct` goes back through it
     if processes.world == 1: return
     task.writes = processes.rank == 0
     decode_in_parts(task.pipe.vae, processes)
@@ -1272,10 +1287,10 @@ def json_dict(name: str, text: str) -> dict:
 # %% ../nbs/14_sdxl.ipynb #39187c1e
 def split_overrides(overrides: str) -> tuple[dict, dict]: # fields of `Setting`, options of the arm
     "Overrides as JSON, by whom they concern."
-    given, fields = json_dict('OVERRIDES', overrides), Setting.__dataclass_fields__
+    given, known = json_dict('OVERRIDES', overrides), Setting.__dataclass_fields__
     for k, v in given.items():
-        if k in fields and not (type(v) is type(fields[k].default) and v >= 0): raise ValueError(f'OVERRIDES: {k} is {v!r}, but is of the kind of {fields[k].default!r}')
-    return {k: v for k, v in given.items() if k in fields}, {k: v for k, v in given.items() if k not in fields}
+        if k in known and not (type(v) is type(known[k].default) and v >= 0): raise ValueError(f'OVERRIDES: {k} is {v!r}, but is of the kind of {known[k].default!r}')
+    return {k: v for k, v in given.items() if k in known}, {k: v for k, v in given.items() if k not in known}
 
 # %% ../nbs/14_sdxl.ipynb #084252a6
 def check_parameters(p: dict, out: Path):
@@ -1283,6 +1298,9 @@ def check_parameters(p: dict, out: Path):
     check_steps(p['NUM_STEPS'])
     find_arm(p['ARM']); profile(p['PROFILE'])
     fixed, options = split_overrides(p['OVERRIDES'])
+    names = [f.name for f in fields(find_arm(p['ARM'])[0].Options)]
+    for k in options:
+        if k not in names: raise ValueError(f"OVERRIDES: {k!r} is no option of {p['ARM']} ({', '.join(names)}) and no field of Setting ({', '.join(Setting.__dataclass_fields__)})")
     o = tune_options(p['ARM'], p['PROFILE'], replace(LADDER[0], **fixed), **options)
     wrong = [k for k in options if isinstance(getattr(find_arm(p['ARM'])[0].Options(), k), (int, float)) and not isinstance(getattr(o, k), (int, float))]
     if wrong: raise ValueError(f'OVERRIDES: {wrong[0]} is {options[wrong[0]]!r}, but must be a number')
@@ -1311,12 +1329,14 @@ def given_rewards(p: dict, device) -> tuple[Reward, Reward | None]: # trained on
     reward = elsewhere(p['REWARD'], p['REWARD_DEVICE'], **options) if p['REWARD_DEVICE'] else load_full_reward(p['REWARD'], device, **options)
     return reward, load_full_reward(held_out, device, **json_dict('HELD_OUT_OPTIONS', p['HELD_OUT_OPTIONS'])) if held_out else None
 
-def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float, processes: Processes = Processes()) -> tuple[Setting, pd.DataFrame, dict]: # and the arm's options
+def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float, processes: Processes = Processes(), n_test: int = 0) -> tuple[Setting, pd.DataFrame, dict]: # and the arm's options
     "The setting of a run, its plan, and its other overrides."
     fixed, options = split_overrides(p['OVERRIDES'])
     ladder = SMALL_LADDER if p['SMALL'] else LADDER
     o = tune_options(p['ARM'], p['PROFILE'], replace(ladder[0], **fixed), **options)
-    sizes = dict(prompts=n_prompts, buffer=getattr(o, 'buffer', 0), batch_size=o.batch_size, lcm_batch=o.lcm_batch, num_steps=p['NUM_STEPS'], reward_gb=reward_gb, world=processes.world, shards=processes.shards)
+    if o.backbone != 'unet': warnings.warn(f"the plan counts the teacher's down and mid blocks; backbone {o.backbone!r} takes more")
+    pixels = -(-reward_calls(o, p['NUM_STEPS'], n_prompts)//(o.outer_steps*o.generator_steps+1)) if p['ARM'] == 'direct' else 0
+    sizes = dict(pixels=pixels, prompts=n_prompts+n_test, buffer=getattr(o, 'buffer', 0), batch_size=o.batch_size, lcm_batch=o.lcm_batch, num_steps=p['NUM_STEPS'], reward_gb=reward_gb, world=processes.world, shards=processes.shards)
     return *choose_setting(configs_of(model), card, fixed, ladder, **sizes), options
 
 # %% ../nbs/14_sdxl.ipynb #5486cd49
@@ -1330,7 +1350,7 @@ def prepare(model: FewStep, p: dict, # the parameters at the top by name
     drop_text_encoders(model)
     before = taken_memory(model.device)
     reward, held_out = given_rewards(p, processes.device)
-    setting, plan, options = fit_to_card(model, p, len(texts), processes.least(card), taken_memory(model.device)-before, processes)
+    setting, plan, options = fit_to_card(model, p, len(texts), processes.least(card), taken_memory(model.device)-before, processes, len(test[1]) if test else 0)
     call = dict(reward=reward, texts=texts, cond=cond, setting=setting, num_steps=p['NUM_STEPS'], out=out, arm=p['ARM'], seed=p['SEED'], profile=p['PROFILE'], held_out=held_out, processes=processes, dtype=torch.bfloat16 if model.half else None, test=test)
     return Prepared(call | options, plan, left_out)
 

@@ -51,7 +51,7 @@ def scenario(folder: Path, name: str, processes: Processes) -> list[dict]:
 
 
 if __name__ == '__main__':
-    processes = join_processes(cpu=True)
+    processes = join_processes()
     for name in sys.argv[2:]:
         rows = failing(processes) if name == 'failing' else scenario(Path(sys.argv[1]), name, processes)
         if processes.rank == 0: (Path(sys.argv[1])/f'{name}-{processes.world}.json').write_text(json.dumps(dict(world=processes.world, rows=rows)))

@@ -118,11 +118,12 @@ def near(x, rel: float): return x if isinstance(x, str) else pytest.approx(x, re
 def rows(run): return [{k: v for k, v in row.items() if k != 'wall_s'} for row in run.metrics.to_dict('records')]
 
 
-def test_parts_and_blocks_change_nothing_but_memory(fresh):
+@pytest.mark.parametrize('arm', ['lasro', 'direct'])
+def test_parts_and_blocks_change_nothing_but_memory(fresh, arm):
     curves = []
-    for setting in (SETTING, replace(SETTING, micro=1, blocks=True)):
+    for setting in (replace(SETTING, sample_batch=16), replace(SETTING, micro=1, blocks=True, sample_batch=1)):
         model, cond = fresh()
-        curves.append(rows(tune(model, brightness, TEXTS, cond, setting, profile='smoke', **FEW)))
+        curves.append(rows(tune(model, brightness, TEXTS, cond, setting, arm=arm, profile='smoke', **FEW)))
     for a, b in zip(*curves):
         for k in a: assert a[k] == near(b[k], 1e-4), k
 
@@ -155,7 +156,7 @@ def started(model, cond, processes=Processes(), setting=SETTING, **options):
 
 @pytest.mark.parametrize('places, message', [
     (dict(base='/nowhere/at-all'), 'base: there is no folder'), (dict(unet='/nowhere'), 'unet: there is no folder'), (dict(teacher='no folder'), 'teacher: there is no folder'),
-    (dict(vae='/nowhere'), 'vae: there is no folder'), (dict(lora='/nowhere'), 'lora: there is no folder'), (dict(resolution=60), 'no multiple of 8')])
+    (dict(vae='/nowhere'), 'vae: there is no folder'), (dict(lora='/nowhere'), 'lora: there is no folder'), (dict(lora='.'), 'lora: . holds no pytorch_lora_weights.safetensors'), (dict(resolution=60), 'no multiple of 8')])
 def test_a_wrong_place_gets_one_line(forms, places, message):
     with pytest.raises((OSError, ValueError), match=message) as e: load_few_step(replace(forms['lcm-ssd-1b'], **places))
     one_line(e)
@@ -312,7 +313,7 @@ def test_spacy_finds_the_noun_phrases():
 
 @pytest.mark.parametrize('name, text, expected', [
     ('color_val.txt', 'a green bench and a red car\n\n a dog \n', ['a green bench and a red car', 'a dog']), ('drawbench.csv', 'Prompts,Category\n"One cat, two dogs.",Counting\n', ['One cat, two dogs.']),
-    ('test.jsonl', '{"prompt": "a cat"}\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', ['a cat', 'a dog']), ('4k.json', '["a cat", "a dog"]', ['a cat', 'a dog']), ('pick.json', '[{"caption": "a cat"}]', ['a cat'])])
+    ('test.jsonl', '{"prompt": "a cat"}\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', ['a cat', 'a dog']), ('4k.json', '["a cat", "a dog"]', ['a cat', 'a dog']), ('pick.json', '[{"caption": "a cat"}]', ['a cat']), ('MINE.TXT', 'a fox\n', ['a fox'])])
 def test_prompt_files(tmp_path, name, text, expected):
     (tmp_path/name).write_text(text)
     assert sdxl.read_prompt_set(tmp_path/name) == expected
@@ -326,6 +327,11 @@ def test_a_broken_prompt_file_gets_one_line(tmp_path, name, content, message):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as e: sdxl.read_prompt_set(tmp_path/name)
     assert str(tmp_path/name) in one_line(e)
+
+
+def test_a_folder_that_is_not_hpsv2_gets_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not HPSv2's") as e: sdxl.read_prompt_set(tmp_path)
+    one_line(e)
 
 
 def test_what_spreadsheets_leave_is_read(tmp_path):
@@ -407,7 +413,7 @@ def test_parameters_reach_the_run(fresh, tmp_path):
     assert np.array_equal(*map(np.asarray, same))
 
 
-@pytest.mark.parametrize('changed, message', [(dict(NUM_STEPS=5), 'give 1 to 4'), (dict(NUM_STEPS=0), 'give 1 to 4'), (dict(OVERRIDES='lr=1'), 'is no JSON'), (dict(PROTOCOL='coco', TEST_PROMPTS='x.txt'), 'it is one of t2i-compbench'), (dict(PROTOCOL='drawbench'), 'go together'), (dict(OVERRIDES='{"micro": "x"}'), 'micro is .x.'), (dict(OVERRIDES='{"lr": "x"}'), 'lr is .x., but must be a number'), (dict(ARM='ppo'), 'ppo'), (dict(PROFILE='huge'), 'huge'), (dict(REWARD_OPTIONS='[1]'), 'REWARD_OPTIONS .* is no JSON'), (dict(REWARD='compressibility', REWARD_OPTIONS='{"folder": "x"}'), 'takes no folder'), (dict(REWARD='beauty'), 'unknown reward')])
+@pytest.mark.parametrize('changed, message', [(dict(NUM_STEPS=5), 'give 1 to 4'), (dict(NUM_STEPS=0), 'give 1 to 4'), (dict(OVERRIDES='lr=1'), 'is no JSON'), (dict(PROTOCOL='coco', TEST_PROMPTS='x.txt'), 'it is one of t2i-compbench'), (dict(PROTOCOL='drawbench'), 'go together'), (dict(OVERRIDES='{"micro": "x"}'), 'micro is .x.'), (dict(OVERRIDES='{"lr": "x"}'), 'lr is .x., but must be a number'), (dict(ARM='ppo'), 'ppo'), (dict(PROFILE='huge'), 'huge'), (dict(REWARD_OPTIONS='[1]'), 'REWARD_OPTIONS .* is no JSON'), (dict(REWARD='compressibility', REWARD_OPTIONS='{"folder": "x"}'), 'takes no folder'), (dict(REWARD='beauty'), 'no reward .beauty.: choose one of image_reward'), (dict(OVERRIDES='{"mirco": 1}'), 'no option of lasro .* and no field of Setting')])
 def test_a_wrong_parameter_gets_one_line(fresh, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message) as e: sdxl.prepare(fresh()[0], parameters(**changed), tmp_path/'run', float('inf'))
     one_line(e)
@@ -430,6 +436,16 @@ def test_an_unfinished_run_is_not_another_one(fresh, tmp_path):
         with pytest.raises(ValueError, match=message) as e: go(**changed)
         one_line(e)
     assert len(go(setting=replace(SETTING, micro=1, blocks=True, sample_batch=2)).metrics) == 3
+
+
+def test_the_plan_of_direct_has_the_decoder_in_it(fresh):
+    model, p = fresh()[0], parameters(ARM='direct')
+    direct, lasro = (sdxl.fit_to_card(model, p | dict(ARM=arm), 8, float('inf'), 0.)[1].GB['an update'] for arm in ('direct', 'lasro'))
+    assert direct > lasro
+    configs, s = sdxl.full_configs('lcm-ssd-1b'), Setting()
+    some, many, none = (sdxl.memory_plan(configs, s, pixels=n).GB['an update'] for n in (2, 85, 0))
+    assert some == many and some-none > 5 # pictures are decoded again, two at a time
+    with pytest.warns(UserWarning, match="backbone 'clip' takes more"): sdxl.fit_to_card(model, p | dict(ARM='lasro', OVERRIDES='{"backbone": "clip"}'), 8, float('inf'), 0.)
 
 
 def test_processes_share_rows_in_the_plan():
@@ -550,4 +566,5 @@ def test_the_launcher_runs_two_processes(tmp_path):
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT/'workflow'/'accelerate'/'cpu.yaml', '--main_process_port', '0', ROOT/'workflow'/'accelerate'/'train.py', '-p', 'OUT', tmp_path/'run']
     found = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=540, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''})
     assert found.returncode == 0, found.stderr[-3000:]
+    assert {p.name for p in tmp_path.iterdir()} == {'run', 'prompts'}
     assert '2 processes; ' in found.stdout and json.loads((tmp_path/'run'/'run.json').read_text())['reward'] == 'compressibility'

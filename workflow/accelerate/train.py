@@ -1,7 +1,7 @@
 """Tunes a few-step model on several GPUs, with the parameters of nbs/14_sdxl.ipynb:
 accelerate launch --config_file workflow/accelerate/ddp.yaml workflow/accelerate/train.py -p SMALL False -p PROFILE sdxl -p OUT runs/ssd-1b ...
 """
-import argparse, ast, json, os, sys, warnings
+import argparse, ast, json, os, sys, tempfile, warnings
 from pathlib import Path
 
 warnings.filterwarnings('ignore')
@@ -40,15 +40,14 @@ def parameters(changed) -> dict:
     return known
 
 
-def train(p: dict):
-    "The run of the notebook's parameters, in this process."
+def train(p: dict, folder: str):
+    "The run of the notebook's parameters, in this process; small networks are written to `folder`."
     if not p['OUT']: raise ValueError('OUT is needed: the folder of the run')
     out = Path(p['OUT'])
     sdxl.check_parameters(p, out)
     torch.manual_seed(p['SEED'])
-    small = out.parent/f"small-{os.environ.get('RANK', 0)}" if p['SMALL'] else None # before the processes meet: transformers lets only the first of them save
-    form = sdxl.chosen_form(p['MODEL'], small, **{k.lower(): p[k] for k in ('BASE', 'UNET', 'LORA', 'TEACHER', 'VAE', 'RESOLUTION')})
-    processes = sdxl.join_processes(cpu=not torch.cuda.is_available())
+    form = sdxl.chosen_form(p['MODEL'], Path(folder) if p['SMALL'] else None, **{k.lower(): p[k] for k in ('BASE', 'UNET', 'LORA', 'TEACHER', 'VAE', 'RESOLUTION')})
+    processes = sdxl.join_processes() # after the small networks are written: transformers lets only the first of several processes save
     card = p['CARD_GB'] or sdxl.free_memory(processes.device)
     model = sdxl.load_few_step(form, processes.device, sdxl.weights_dtype(p['DTYPE'], processes.device))
     ready = sdxl.prepare(model, p, out, card, processes)
@@ -60,8 +59,10 @@ def train(p: dict):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='parameters')
-    try: train(parameters(parser.parse_args().parameters))
-    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError, torch.OutOfMemoryError) as e: sys.exit(str(e))
+    given = parser.parse_args().parameters
+    try:
+        with tempfile.TemporaryDirectory() as folder: train(parameters(given), folder)
+    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError, torch.OutOfMemoryError) as e: sys.exit(f"process {os.environ['RANK']}: {e}" if 'RANK' in os.environ else str(e))
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
