@@ -18,18 +18,18 @@ __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFI
            'decode_in_parts', 'Shared', 'Joined', 'AsOnGPU', 'keep', 'saved', 'gigabytes', 'Counted', 'count_pass',
            'meta_inputs', 'meta_unet', 'Alive', 'as_json', 'decode_memory', 'decoder_pass', 'Setting', 'student_pass',
            'surrogate_pass', 'full_configs', 'configs_of', 'activations', 'size_of', 'weights_memory', 'memory_plan',
-           'choose_setting', 'read_texts', 'read_as', 'some', 'read_table', 'read_prompt_set', 'readable', 'Protocol',
+           'choose_setting', 'read_as', 'some', 'read_texts', 'read_table', 'read_prompt_set', 'readable', 'Protocol',
            'protocol', 'draw_set', 'save_picture', 'draw_protocol', 'inception', 'fid_statistics',
            'reference_statistics', 'fid', 'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard',
            'spread', 'tune_options', 'make_tune_task', 'draw_grid', 'TunedRun', 'same_run', 'tune', 'usage',
-           'model_card', 'write_outputs', 'export_merged', 'json_dict', 'split_overrides', 'check_parameters',
-           'Prepared', 'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'update_flops']
+           'model_card', 'write_outputs', 'export_merged', 'json_dict', 'split_overrides', 'check_overrides',
+           'check_parameters', 'Prepared', 'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'update_flops']
 
 # %% ../nbs/14_sdxl.ipynb #0003
 import copy, functools, hashlib, importlib, importlib.util, json, math, os, re, shutil, sys, tempfile, types, warnings, weakref
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -941,10 +941,6 @@ def choose_setting(configs: tuple, card_gb: float, changed: dict | None = None, 
     raise MemoryError(f"the leanest plan needs {plan.GB['peak']:.1f} GB and the card has {card_gb:.1f}, of which {MARGIN:.0%} stay free: take a smaller resolution, batch_size, lora_rank or buffer, put the reward on another device, or use LCM-SSD-1B")
 
 # %% ../nbs/14_sdxl.ipynb #0180
-def read_texts(path: Path | str) -> list[str]:
-    "Prompts of a text file, a line each: T2I-CompBench's, or your own."
-    return some(read_as(path, read_prompts), path)
-
 def read_as(path, reader):
     "What `reader` makes of a file; one line that names the file if it cannot."
     if not Path(path).is_file(): raise FileNotFoundError(f'there is no prompt file {path}: download the set and give its file')
@@ -955,6 +951,11 @@ def some(texts: list[str], path) -> list[str]:
     "Those that are not empty, each once."
     if not (found := list(dict.fromkeys(t for t in texts if t))): raise ValueError(f'{path} holds no prompts')
     return found
+
+# %% ../nbs/14_sdxl.ipynb #42471454
+def read_texts(path: Path | str) -> list[str]:
+    "Prompts of a text file, a line each: T2I-CompBench's, or your own."
+    return some(read_as(path, read_prompts), path)
 
 # %% ../nbs/14_sdxl.ipynb #0182
 CAPTIONS = ('caption', 'prompt', 'prompts', 'text') # Pick-a-Pic, repositories of RL, DrawBench, others; in letters of any size
@@ -1293,17 +1294,21 @@ def split_overrides(overrides: str) -> tuple[dict, dict]: # fields of `Setting`,
     return {k: v for k, v in given.items() if k in known}, {k: v for k, v in given.items() if k not in known}
 
 # %% ../nbs/14_sdxl.ipynb #084252a6
+def check_overrides(arm: str, profile_name: str, overrides: str):
+    "One line if an override is unknown or of the wrong kind."
+    (fixed, options), first = split_overrides(overrides), find_arm(arm)[0].Options()
+    for k in options:
+        if k not in vars(first): raise ValueError(f"OVERRIDES: {k!r} is no option of {arm} ({', '.join(vars(first))}) and no field of Setting ({', '.join(Setting.__dataclass_fields__)})")
+    o = tune_options(arm, profile_name, replace(LADDER[0], **fixed), **options)
+    for k in options:
+        if isinstance(getattr(first, k), (int, float)) and not isinstance(getattr(o, k), (int, float)): raise ValueError(f'OVERRIDES: {k} is {options[k]!r}, but must be a number')
+
+# %% ../nbs/14_sdxl.ipynb #e6d19ca0
 def check_parameters(p: dict, out: Path):
     "What can be told to be wrong before anything is loaded, in one line."
     check_steps(p['NUM_STEPS'])
     find_arm(p['ARM']); profile(p['PROFILE'])
-    fixed, options = split_overrides(p['OVERRIDES'])
-    names = [f.name for f in fields(find_arm(p['ARM'])[0].Options)]
-    for k in options:
-        if k not in names: raise ValueError(f"OVERRIDES: {k!r} is no option of {p['ARM']} ({', '.join(names)}) and no field of Setting ({', '.join(Setting.__dataclass_fields__)})")
-    o = tune_options(p['ARM'], p['PROFILE'], replace(LADDER[0], **fixed), **options)
-    wrong = [k for k in options if isinstance(getattr(find_arm(p['ARM'])[0].Options(), k), (int, float)) and not isinstance(getattr(o, k), (int, float))]
-    if wrong: raise ValueError(f'OVERRIDES: {wrong[0]} is {options[wrong[0]]!r}, but must be a number')
+    check_overrides(p['ARM'], p['PROFILE'], p['OVERRIDES'])
     for name in ('REWARD_OPTIONS', 'HELD_OUT_OPTIONS'): json_dict(name, p[name])
     if bool(p['PROTOCOL']) != bool(p['TEST_PROMPTS']): raise ValueError('PROTOCOL and TEST_PROMPTS go together: what is drawn, and of which prompts')
     if p['PROTOCOL']: protocol(p['PROTOCOL'])
@@ -1329,6 +1334,7 @@ def given_rewards(p: dict, device) -> tuple[Reward, Reward | None]: # trained on
     reward = elsewhere(p['REWARD'], p['REWARD_DEVICE'], **options) if p['REWARD_DEVICE'] else load_full_reward(p['REWARD'], device, **options)
     return reward, load_full_reward(held_out, device, **json_dict('HELD_OUT_OPTIONS', p['HELD_OUT_OPTIONS'])) if held_out else None
 
+# %% ../nbs/14_sdxl.ipynb #be53622f
 def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float, processes: Processes = Processes(), n_test: int = 0) -> tuple[Setting, pd.DataFrame, dict]: # and the arm's options
     "The setting of a run, its plan, and its other overrides."
     fixed, options = split_overrides(p['OVERRIDES'])
