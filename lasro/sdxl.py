@@ -7,23 +7,24 @@ __all__ = ['SDXL', 'FORMS', 'UNET_CONFIG', 'FULL_CONFIG', 'BLOCKS', 'SMALL_CONFI
            'YES', 'NO', 'START', 'PLACES', 'QUESTION', 'FULL_REWARDS', 'HALVES', 'SINGLES', 'FULL_VAE', 'LADDER',
            'SMALL_LADDER', 'OVERHEAD', 'MARGIN', 'TRAINED', 'CAPTIONS', 'TABLES', 'STYLES', 'PROTOCOLS', 'SDXL_OPTIONS',
            'PUBLISHED', 'CARD', 'BUILT_IN', 'Form', 'full_unet', 'count_parameters', 'small_unet', 'small_pipeline',
-           'small_form', 'chosen_form', 'hub_places', 'located', 'load_part', 'check_unet', 'load_unet', 'check_fits',
-           'load_pipeline_parts', 'FewStep', 'free_memory', 'taken_memory', 'weights_gb', 'weights_dtype', 'put_on',
-           'load_few_step', 'fingerprint', 'cached_prompts', 'drop_text_encoders', 'pixels_for', 'reward_folder',
-           'missing', 'stand_ins', 'image_reward_module', 'transformers_verbosity', 'bert_tokenizer', 'mend_bert',
-           'load_image_reward', 'image_reward', 'look', 'answer_logits', 'ask_blip', 'noun_phrases', 'load_spacy',
-           'attribute_binding', 'best_layer', 'bertscore_recall', 'text_encoder', 'caption', 'text_alignment',
-           'clip_score', 'load_full_reward', 'serve', 'answer', 'Arriving', 'Elsewhere', 'offline', 'elsewhere',
-           'put_back', 'twice', 'checkpoint_block', 'Processes', 'Gather', 'Share', 'cut', 'InParts', 'in_parts',
-           'decode_in_parts', 'Shared', 'Joined', 'AsOnGPU', 'keep', 'saved', 'gigabytes', 'Counted', 'count_pass',
-           'meta_inputs', 'meta_unet', 'Alive', 'as_json', 'decode_memory', 'decoder_pass', 'Setting', 'student_pass',
-           'surrogate_pass', 'full_configs', 'configs_of', 'activations', 'size_of', 'weights_memory', 'memory_plan',
-           'choose_setting', 'read_as', 'some', 'read_texts', 'read_table', 'read_prompt_set', 'readable', 'Protocol',
-           'protocol', 'draw_set', 'save_picture', 'draw_protocol', 'inception', 'fid_statistics',
-           'reference_statistics', 'fid', 'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard',
-           'spread', 'tune_options', 'make_tune_task', 'draw_grid', 'TunedRun', 'same_run', 'tune', 'usage',
-           'model_card', 'write_outputs', 'export_merged', 'json_dict', 'split_overrides', 'check_overrides',
-           'check_parameters', 'Prepared', 'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'update_flops']
+           'small_form', 'chosen_form', 'places_of', 'hub_places', 'hub_answers', 'located', 'load_part', 'check_unet',
+           'load_unet', 'check_fits', 'load_pipeline_parts', 'FewStep', 'free_memory', 'taken_memory', 'weights_gb',
+           'weights_dtype', 'put_on', 'fuse_lora', 'load_few_step', 'fingerprint', 'cached_prompts',
+           'drop_text_encoders', 'pixels_for', 'reward_folder', 'missing', 'stand_ins', 'image_reward_module',
+           'transformers_verbosity', 'bert_tokenizer', 'mend_bert', 'load_image_reward', 'image_reward', 'look',
+           'answer_logits', 'ask_blip', 'noun_phrases', 'load_spacy', 'attribute_binding', 'best_layer',
+           'bertscore_recall', 'text_encoder', 'caption', 'text_alignment', 'clip_score', 'load_full_reward', 'serve',
+           'answer', 'Arriving', 'Elsewhere', 'offline', 'elsewhere', 'put_back', 'twice', 'checkpoint_block',
+           'Processes', 'Gather', 'Share', 'cut', 'InParts', 'in_parts', 'decode_in_parts', 'Shared', 'Joined',
+           'AsOnGPU', 'keep', 'saved', 'gigabytes', 'Counted', 'count_pass', 'meta_inputs', 'meta_unet', 'Alive',
+           'as_json', 'meta_decoder', 'decode_memory', 'decoder_pass', 'Setting', 'student_pass', 'surrogate_pass',
+           'full_configs', 'configs_of', 'activations', 'size_of', 'weights_memory', 'memory_plan', 'choose_setting',
+           'read_as', 'some', 'read_texts', 'read_table', 'read_prompt_set', 'readable', 'Protocol', 'protocol',
+           'draw_set', 'save_picture', 'draw_protocol', 'inception', 'fid_statistics', 'reference_statistics', 'fid',
+           'join_processes', 'networks_of', 'optimizers_of', 'sum_gradients', 'shard', 'spread', 'tune_options',
+           'make_tune_task', 'draw_grid', 'TunedRun', 'same_run', 'tune', 'usage', 'model_card', 'write_outputs',
+           'export_merged', 'json_dict', 'split_overrides', 'check_overrides', 'check_parameters', 'Prepared',
+           'read_and_encode', 'given_rewards', 'fit_to_card', 'prepare', 'update_flops']
 
 # %% ../nbs/14_sdxl.ipynb #0003
 import copy, functools, hashlib, importlib, importlib.util, json, math, os, re, shutil, sys, tempfile, types, warnings, weakref
@@ -138,28 +139,42 @@ def chosen_form(name: str, # of `FORMS`
     if {'base', 'unet', 'lora'} & set(changed): changed['licence'] = f'that of the folders given for {name}'
     return replace(small_form(name, small) if small else FORMS[name], **changed)
 
+def places_of(form: Form) -> dict[str, str]:
+    "Its folders and hub ids, by what they are."
+    return {k: v for k, v in vars(form).items() if k in ('base', 'unet', 'lora', 'teacher', 'vae') and v}
+
 def hub_places(form: Form) -> dict[str, str]:
     "What would be asked of the hub: the places that are no folders."
-    return {k: v for k, v in vars(form).items() if k in ('base', 'unet', 'lora', 'teacher', 'vae') and v and not Path(v).is_dir()}
+    return {k: v for k, v in places_of(form).items() if not Path(v).is_dir()}
 
 # %% ../nbs/14_sdxl.ipynb #0026
+@cache
+def hub_answers() -> bool:
+    "Whether the hub can be reached."
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    try: return not constants.HF_HUB_OFFLINE and get_session().head(constants.ENDPOINT, timeout=10).status_code < 500
+    except Exception: return False # whatever the network says
+
+# %% ../nbs/14_sdxl.ipynb #0027
 def located(where: str, what: str) -> dict: # keywords of `from_pretrained`
     "How to load from a folder or hub id; one line if it is neither."
     if Path(where).is_dir(): return dict(local_files_only=True)
     if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', where): raise FileNotFoundError(f'{what}: there is no folder {where}; give a folder, or a hub id of the form owner/name')
-    return {}
+    return {} if hub_answers() else dict(local_files_only=True)
 
 # %% ../nbs/14_sdxl.ipynb #0029
 def load_part(cls, where: str, what: str, dtype, **keywords):
     "`cls.from_pretrained`, of half-precision files first; one line if it cannot be had."
     known = located(where, what) | keywords | dict(torch_dtype=dtype)
-    tried = ('fp16', None) if not known.get('local_files_only') or any(Path(where).rglob('*.fp16.safetensors')) else (None,)
+    tried = ('fp16', None) if not Path(where).is_dir() or any(Path(where).rglob('*.fp16.safetensors')) else (None,)
     for variant in tried:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning) # torch_dtype is to be called dtype, which the oldest diffusers of our range does not know
             try: return cls.from_pretrained(where, variant=variant, **known)
             except (OSError, ValueError) as e: error = e
-    raise OSError(f'{what}: {where} cannot be loaded ({first_line(error)[:200]}); check the folder, or download the hub id and give its folder') from None
+    why = first_line(error)[:200] if Path(where).is_dir() or hub_answers() else 'the hub cannot be reached, and these files were not downloaded before'
+    raise OSError(f'{what}: {where} cannot be loaded ({why}); check the folder, or download the hub id and give its folder') from None
 
 # %% ../nbs/14_sdxl.ipynb #0031
 def check_unet(unet, where: str):
@@ -251,14 +266,19 @@ def put_on(model: FewStep, device, free: float | None = None # GB; None asks the
     return model
 
 # %% ../nbs/14_sdxl.ipynb #6747e110
+def fuse_lora(pipe: StableDiffusionXLPipeline, where: str, name: str = 'pytorch_lora_weights.safetensors'):
+    "Add a LoRA to the UNet's weights, for good; one line if it cannot be had."
+    if Path(where).is_dir() and not (Path(where)/name).exists(): raise FileNotFoundError(f'lora: {where} holds no {name}: rename the file, or give its folder')
+    try: pipe.load_lora_weights(where, weight_name=name, **located(where, 'lora'))
+    except (OSError, ValueError) as e: raise OSError(f'lora: {where} cannot be loaded ({first_line(e)[:200]}); check the folder, or download the hub id and give its folder') from None
+    pipe.fuse_lora(); pipe.unload_lora_weights()
+
+# %% ../nbs/14_sdxl.ipynb #0e3b13eb
 def load_few_step(form: Form, device='cpu', dtype=torch.float32) -> FewStep:
     "Load, fuse an LCM-LoRA, check, freeze; errors are one line and say what to do."
+    for what, where in places_of(form).items(): located(where, what) # all, before one is loaded
     pipe, teacher = load_pipeline_parts(form, dtype), load_unet(form.teacher, 'teacher', dtype)
-    if form.lora:
-        name, known = 'pytorch_lora_weights.safetensors', located(form.lora, 'lora')
-        if known and not (Path(form.lora)/name).exists(): raise FileNotFoundError(f'lora: {form.lora} holds no {name}: rename the file, or give its folder')
-        pipe.load_lora_weights(form.lora, **(dict(weight_name=name) if known else {}))
-        pipe.fuse_lora(); pipe.unload_lora_weights()
+    if form.lora: fuse_lora(pipe, form.lora)
     check_unet(pipe.unet, form.base)
     check_fits(pipe, teacher, form)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50)
@@ -821,11 +841,15 @@ class Alive(TorchDispatchMode):
 # %% ../nbs/14_sdxl.ipynb #0152
 def as_json(config: dict) -> str: return json.dumps({k: v for k, v in config.items() if not k.startswith('_')}, default=list)
 
+def meta_decoder(config: str, # an autoencoder's, as JSON
+                 resolution: int) -> tuple[AutoencoderKL, torch.Tensor]: # and what it decodes
+    "A frozen autoencoder in bfloat16 without memory, and one latent."
+    with torch.device('meta'): return AutoencoderKL.from_config(json.loads(config)).bfloat16().requires_grad_(False), torch.empty(1, 4, resolution//8, resolution//8, dtype=torch.bfloat16, requires_grad=True)
+
 @cache
-def decode_memory(config: str, # an autoencoder's, as JSON
-                  resolution: int, dtype=torch.bfloat16) -> float: # GB
+def decode_memory(config: str, resolution: int) -> float: # GB
     "The most that decoding one picture has alive, weights apart."
-    with torch.device('meta'): vae, z = AutoencoderKL.from_config(json.loads(config)).to(dtype), torch.empty(1, 4, resolution//8, resolution//8, dtype=dtype)
+    vae, z = meta_decoder(config, resolution)
     with torch.no_grad(), AsOnGPU(autocast=False), Alive() as alive: vae.decode(z)
     return alive.most/2**30
 
@@ -833,9 +857,9 @@ FULL_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=('Down
 
 # %% ../nbs/14_sdxl.ipynb #9b9bffbb
 @cache
-def decoder_pass(config: str, resolution: int, dtype=torch.bfloat16) -> Counted:
+def decoder_pass(config: str, resolution: int) -> Counted:
     "Decoding one picture with a backward."
-    with torch.device('meta'): vae, z = AutoencoderKL.from_config(json.loads(config)).to(dtype).requires_grad_(False), torch.empty(1, 4, resolution//8, resolution//8, dtype=dtype, requires_grad=True)
+    vae, z = meta_decoder(config, resolution)
     return count_pass(vae, vae, lambda: vae.decode(z), autocast=False)
 
 # %% ../nbs/14_sdxl.ipynb #0155
