@@ -874,7 +874,7 @@ class Setting:
 
 LADDER = (Setting(surrogate_rank=0, micro=8, blocks=False, sample_batch=16), Setting(surrogate_rank=0, micro=4, blocks=False, sample_batch=16), Setting(micro=4, blocks=False, sample_batch=8),
           Setting(micro=2, blocks=False, sample_batch=8), Setting(micro=1, blocks=False, sample_batch=4), Setting())
-SMALL_LADDER = (Setting(lora_rank=4, surrogate_rank=4, micro=2, sample_batch=4),) # of the small random networks
+SMALL_LADDER = (Setting(lora_rank=4, surrogate_rank=4, micro=4, sample_batch=4),) # of the small random networks
 
 # %% ../nbs/14_sdxl.ipynb #0158
 @cache
@@ -882,7 +882,7 @@ def student_pass(config: str, # a UNet's, as JSON
                  lora_rank: int) -> tuple[Counted, int, int]: # its pass, frozen and trained parameters
     "The generator with its adapter, or with all weights trained."
     unet = meta_unet(json.loads(config))
-    trained = sum(p.numel() for p in (add_lora(unet, lora_rank) if lora_rank else unet.float().requires_grad_(True).parameters()))
+    with torch.device('meta'): trained = sum(p.numel() for p in (add_lora(unet, lora_rank) if lora_rank else unet.float().requires_grad_(True).parameters()))
     z, c = meta_inputs(unet.config)
     return count_pass(unet, unet, lambda: predict_noise(unet, z, 999, c)), count_parameters(unet)-trained, trained
 
@@ -891,7 +891,7 @@ def student_pass(config: str, # a UNet's, as JSON
 def surrogate_pass(config: str, # the teacher's, as JSON
                    rank: int) -> tuple[Counted, int]: # its pass, trained parameters
     "The half of the UNet, with its head."
-    surrogate = SurrogateReward(meta_unet(json.loads(config)), lora_rank=rank).to('meta')
+    with torch.device('meta'): surrogate = SurrogateReward(meta_unet(json.loads(config)), lora_rank=rank)
     trained = sum(p.numel() for p in surrogate.parameters() if p.requires_grad)
     z, c = meta_inputs(json.loads(config))
     return count_pass(surrogate, surrogate.encoder.unet, lambda: surrogate(z, c)), trained
