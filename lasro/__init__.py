@@ -1,7 +1,19 @@
 "Reward fine-tuning of few-step diffusion models with any reward. Generated from nbs/, but for this file."
 __version__ = "0.1.0"
 
-import importlib.util, sys, warnings
+import importlib
+import importlib.util
+import sys
+import warnings
+
+_FRONT = dict(finetune='finetune', load_pipeline='models', load_reward='rewards', load_world='world') # name: module it comes from
+
+
+def __getattr__(name):
+    "Import what the front door hands out when it is first asked for: `import lasro` alone stays fast."
+    if name not in _FRONT: raise AttributeError(f'module lasro has no attribute {name!r}')
+    return getattr(importlib.import_module(f'lasro.{_FRONT[name]}'), name)
+
 
 warnings.filterwarnings('ignore', message='IProgress not found') # without ipywidgets, tqdm draws its bars as text
 
