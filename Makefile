@@ -14,6 +14,7 @@ WORKERS  := $(if $(shell nvidia-smi -L 2>/dev/null),1,2)
 
 reproduce: $(STAMP) ## train, score, and draw every table and figure at size PROFILE
 	snakemake -q rules host reason -s workflow/Snakefile --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) $(if $(FORCE),force=1 --forceall)
+	@cat results/$(PROFILE)/summary.txt 2>/dev/null || true
 
 test: $(STAMP) lint ## the export check, every notebook, what crosses notebooks, and the installed set
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
@@ -27,8 +28,7 @@ docs: $(STAMP) ## a site of the executed notebooks, in _docs/
 	python workflow/docs.py
 
 retrain: $(STAMP) ## make the shipped weights again from nothing; resumes
-	python workflow/run.py nbs/04_distill.ipynb results/retrain/executed/04_distill.ipynb -p RETRAIN True
-	python workflow/run.py nbs/06_evaluation.ipynb results/retrain/executed/06_evaluation.ipynb -p PROFILE lab -p MODEL_CARD True
+	python workflow/run.py nbs/experiments/retrain.ipynb results/retrain/executed/retrain.ipynb -p PROFILE lab
 
 verify: $(STAMP) ## recompute every committed table from the committed runs and compare
 	python workflow/verify.py

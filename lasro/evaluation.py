@@ -43,9 +43,10 @@ def eval_prompts(
     held_out = world.prompts(split, half, 'held_out', kind)
     return seen+held_out, ['seen']*half + ['held_out']*half
 
-# %% ../nbs/05_evaluation.ipynb #0bbde560
+# %% ../nbs/05_evaluation.ipynb #32c56879
 MAX_STEPS = 8 # sampling steps that the noise suffices for
 
+# %% ../nbs/05_evaluation.ipynb #aa7bed1f
 def prompt_noise(
     prompt: str,
     n: int,                   # samples
@@ -144,13 +145,18 @@ def fid(
     arrays = [a.astype(np.float64) for a in (mean, cov, ref_mean, ref_cov)]
     return float(frechet_distance(*arrays))
 
-# %% ../nbs/05_evaluation.ipynb #bcd628a4
+# %% ../nbs/05_evaluation.ipynb #0281576b
+def _every(feats: np.ndarray, n: int) -> np.ndarray:
+    "Return `n` rows, evenly spaced."
+    return feats[np.linspace(0, len(feats)-1, n).astype(int)]
+
+# %% ../nbs/05_evaluation.ipynb #6faf2951
 def _floor_features(world: World, n: int) -> np.ndarray: # (n, F)
     "Return features of `n` of the world's own pictures that are not in the reference."
     found = [reference_features(world, 'fid floor')]
-    while sum(map(len, found)) < n: found.append(reference_features(world, f'fid floor {len(found)}'))
-    feats = np.concatenate(found)
-    return feats[np.linspace(0, len(feats)-1, n).astype(int)]
+    while sum(map(len, found)) < n:
+        found.append(reference_features(world, f'fid floor {len(found)}'))
+    return _every(np.concatenate(found), n)
 
 # %% ../nbs/05_evaluation.ipynb #0a4526de
 @cache
@@ -161,11 +167,7 @@ def fidelity_floor(
     "Return the FID of `n` of the world's own pictures: what a perfect generator gets."
     return fid(*moments(_floor_features(world, n)), world)
 
-# %% ../nbs/05_evaluation.ipynb #01e8a03c
-def _every(feats: np.ndarray, n: int) -> np.ndarray:
-    "Return `n` rows, evenly spaced."
-    return feats[np.linspace(0, len(feats)-1, n).astype(int)]
-
+# %% ../nbs/05_evaluation.ipynb #53975837
 def kid(
     feats: np.ndarray, # (n, F)
     world: World,
@@ -272,7 +274,7 @@ def _pictures(
     for i in torch.arange(len(eval_set)).split(batch_size):
         yield i, decode(vae, draw(*eval_set.batch(i)))
 
-# %% ../nbs/05_evaluation.ipynb #2a974501
+# %% ../nbs/05_evaluation.ipynb #cb9d9ded
 def _score_samples(
     i: torch.Tensor,      # (B,) numbers of samples
     images: torch.Tensor, # (B, 3, H, W)
@@ -287,9 +289,10 @@ def _score_samples(
         combos=[eval_set.combos[p] for p in prompt],
         prompt=prompt,
         noise=(i//len(eval_set.prompts)).tolist()))
-    return keys.join(score_pictures(images, [eval_set.prompts[p] for p in prompt], rewards))
+    texts = [eval_set.prompts[p] for p in prompt]
+    return keys.join(score_pictures(images, texts, rewards))
 
-# %% ../nbs/05_evaluation.ipynb #701e73a4
+# %% ../nbs/05_evaluation.ipynb #88979db4
 @torch.no_grad()
 def evaluate(
     unet,                        # the generator: a pipeline, a UNet, or a function (see above)
@@ -315,7 +318,8 @@ def evaluate(
             pictures.append(images[torch.isin(i, shown).to(images.device)].cpu())
             scored = i[i < n_scored]
             if not len(scored): continue
-            scores.append(_score_samples(scored, images[:len(scored)], eval_set, num_steps, rewards))
+            found = _score_samples(scored, images[:len(scored)], eval_set, num_steps, rewards)
+            scores.append(found)
     scores = pd.concat(scores, ignore_index=True)
     return _result(num_steps, scores, torch.cat(feats), torch.cat(pictures), world)
 

@@ -17,7 +17,7 @@ from .models import Conditioning, decode, latent_shape
 from .sampling import draw_noise, sample
 from .surrogate import ordered_pairs
 
-# %% ../nbs/08_exploration.ipynb #6c6eff11
+# %% ../nbs/08_exploration.ipynb #4ab33b83
 def draw_exploration(
     prompt: torch.Tensor, # (P,) indices of the prompts to visit
     n_noises: int, # N_s, samples per prompt
@@ -25,7 +25,7 @@ def draw_exploration(
     shape: tuple, # of one latent, (C, h, w)
     generator: torch.Generator, # on the CPU
     off_policy: bool = True # False holds the initial noise of a prompt fixed
-) -> tuple: # prompt of each sample (N,), initial noise (N, C, h, w), injected noise (num_steps-1, N, C, h, w)
+) -> tuple: # prompts (N,), initial noise (N, C, h, w), injected noise (num_steps-1, N, C, h, w)
     "Draw all noise of `n_noises` samples of each prompt, on the CPU."
     index = prompt.repeat_interleave(n_noises)
     noise, injected = draw_noise(len(index), num_steps, generator, shape)
@@ -48,7 +48,7 @@ class Labelled:
         columns = zip(*(vars(p).values() for p in parts))
         return Labelled(*map(torch.cat, columns))
 
-# %% ../nbs/08_exploration.ipynb #21cb0111
+# %% ../nbs/08_exploration.ipynb #611ac760
 THUMBNAIL = 64 # pixels a side
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def label(
     latents: torch.Tensor, # (N, C, h, w), clean
     texts: list[str], # their N prompts
     reward # a Reward
-) -> tuple[Future, torch.Tensor]: # `result()[0]`: rewards (N,); pictures (N, 3, H, W), large ones as thumbnails
-    "Decode latents and submit the pictures to the reward, without waiting for one that runs elsewhere."
+) -> tuple[Future, torch.Tensor]: # `result()[0]`: rewards (N,); pictures (N, 3, H, W), at most thumbnails
+    "Decode latents and submit the pictures to the reward, without waiting for the answer."
     images = decode(vae, latents)
     future = reward.submit(images, texts)
     if images.shape[-1] > THUMBNAIL: images = F.interpolate(images, size=THUMBNAIL, mode='area')
@@ -77,7 +77,7 @@ def _collect(
     step = torch.arange(steps).repeat_interleave(len(index))
     return Labelled(torch.cat(latents, 1).flatten(0, 1), rewards, index.repeat(steps), step)
 
-# %% ../nbs/08_exploration.ipynb #9718c819
+# %% ../nbs/08_exploration.ipynb #1a9febb8
 @torch.no_grad()
 def explore(
     pipe, # a few-step pipeline
@@ -98,7 +98,8 @@ def explore(
     latents = []
     labels = []
     for rows in torch.arange(len(index)).split(batch_size or len(index)):
-        z = sample(pipe, cond[index[rows]], noise[rows].to(device), injected[:, rows].to(device), num_steps).denoised
+        draw = noise[rows].to(device), injected[:, rows].to(device)
+        z = sample(pipe, cond[index[rows]], *draw, num_steps).denoised
         batch = [texts[i] for i in index[rows].tolist()]
         latents.append(torch.stack(z))
         labels.append([label(pipe.vae, x, batch, reward) for x in z])
@@ -124,7 +125,7 @@ def _widest(
     first = [ordered.index(g) for g in sorted(set(ordered))]
     return order[first]
 
-# %% ../nbs/08_exploration.ipynb #8df9956e
+# %% ../nbs/08_exploration.ipynb #0025675f
 PAIRS = ('within', 'prompts', 'all', 'extremes')
 
 def pairs_within(
@@ -133,9 +134,9 @@ def pairs_within(
     step: torch.Tensor, # (N,)
     pairs: str = 'within', # one of `PAIRS`
     min_gap: float = .05, # least difference of two rewards, in units of `scale`
-    scale: float | None = None # a reward's standard deviation in the buffer; None takes that of `rewards`
+    scale: float | None = None # standard deviation of the buffer's rewards; None takes that of `rewards`
 ) -> tuple[torch.Tensor, torch.Tensor]: # indices of winners, indices of losers
-    "Pair the samples of a micro-group whose rewards differ clearly; raises ValueError for unknown `pairs`."
+    "Pair the samples of a micro-group that differ clearly; raises ValueError for unknown `pairs`."
     if pairs not in PAIRS:
         raise ValueError(f"unknown pairs {pairs!r}: choose one of {', '.join(PAIRS)}")
     groups = group_ids(prompt, step)
@@ -145,13 +146,13 @@ def pairs_within(
     widest = _widest(rewards[winners]-rewards[losers], groups[winners])
     return winners[widest], losers[widest]
 
-# %% ../nbs/08_exploration.ipynb #4ba9edf3
+# %% ../nbs/08_exploration.ipynb #89935bd9
 class ReplayBuffer:
     "The newest labelled latents, and the clear pairs within their groups."
     def __init__(
         self,
         capacity: int = 4096, # labelled latents; not stated, we chose
-        min_gap: float = .05 # least reward gap of a pair, in standard deviations of the buffer's rewards
+        min_gap: float = .05 # least reward gap of a pair, in units of `scale`
     ):
         self.capacity = capacity
         self.min_gap = min_gap

@@ -60,7 +60,7 @@ def _pipeline_folder(folder: Path | str) -> Path:
     embedded = ASSETS/folder
     return embedded if embedded.is_dir() else Path(folder)
 
-# %% ../nbs/01_models.ipynb #52636f0f
+# %% ../nbs/01_models.ipynb #73e34a1f
 def load_pipeline(
     folder: Path | str = 'shapes', # an embedded world, or a folder with an SDXL-format pipeline
     device='cpu',
@@ -68,7 +68,8 @@ def load_pipeline(
 ) -> StableDiffusionXLPipeline:
     "Load a pipeline. Raises OSError if a file differs from the folder's manifest."
     folder = _pipeline_folder(folder)
-    if (folder/'manifest.json').exists(): check_manifest(folder)
+    embedded = folder.parent == ASSETS
+    if embedded or (folder/'manifest.json').exists(): check_manifest(folder)
     if not (folder/'model_index.json').exists():
         raise FileNotFoundError(f'{folder} holds no diffusers pipeline: no model_index.json')
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, dtype=dtype)

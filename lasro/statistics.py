@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-# %% ../nbs/06_statistics.ipynb #7dfd1c34
+# %% ../nbs/06_statistics.ipynb #7349bb4d
 class Estimate(NamedTuple):
-    "A mean with its interval, the p-value against 0 and the degrees of freedom; nan where there is none."
+    "A mean with its interval, its p-value against 0 and degrees of freedom; nan where there is none."
     mean: float
     ci_low: float = np.nan
     ci_high: float = np.nan
@@ -60,13 +60,14 @@ def _mean_squares(y: np.ndarray # (seeds, prompts), at least 2 of each
     E = (rest**2).sum()/((S-1)*(P-1))
     return A, B, E
 
-# %% ../nbs/06_statistics.ipynb #b272cf85
+# %% ../nbs/06_statistics.ipynb #e49a5837
 def crossed_mean(values: np.ndarray # (seeds, prompts), or (prompts,) for a single seed
                 ) -> Estimate:
     "Return the mean of a seeds x prompts table; its interval allows for other seeds and other prompts."
     y = np.atleast_2d(np.asarray(values, dtype=float))
     if not np.isfinite(y).all():
-        raise ValueError(f'{np.sum(~np.isfinite(y))} of {y.size} values are not finite: every seed needs every prompt')
+        bad = np.sum(~np.isfinite(y))
+        raise ValueError(f'{bad} of {y.size} values are not finite: every seed needs every prompt')
     S, P = y.shape
     if min(S, P) == 1: return t_interval(y.ravel())
     A, B, E = _mean_squares(y)
@@ -75,7 +76,7 @@ def crossed_mean(values: np.ndarray # (seeds, prompts), or (prompts,) for a sing
     df = V**2/(A**2/(S-1) + B**2/(P-1) + E**2/((S-1)*(P-1)))
     return _t_estimate(float(y.mean()), np.sqrt(V/(S*P)), df)
 
-# %% ../nbs/06_statistics.ipynb #61ea0a89
+# %% ../nbs/06_statistics.ipynb #d44db6af
 def paired_difference(
     a: np.ndarray, # (seeds, prompts)
     b: np.ndarray, # (seeds, prompts), or (1, prompts) for a model without training seeds
@@ -84,7 +85,7 @@ def paired_difference(
     a = np.atleast_2d(a)
     b = np.atleast_2d(b)
     if a.shape[1] != b.shape[1] or len(b) not in (1, len(a)):
-        raise ValueError(f'cannot pair {a.shape} with {b.shape}: give both arms the same seeds and prompts')
+        raise ValueError(f'cannot pair {a.shape} with {b.shape}: give both the same seeds and prompts')
     return crossed_mean(a-b)
 
 # %% ../nbs/06_statistics.ipynb #8661438c

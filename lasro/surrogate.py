@@ -7,7 +7,7 @@ __all__ = ['BACKBONES', 'TUNED_CELLS', 'UNetEncoder', 'add_encoder_lora', 'Surro
            'make_surrogate', 'bradley_terry_loss', 'ordered_pairs', 'octave_noise', 'surrogate_loss', 'rank_accuracy',
            'frozen']
 
-# %% ../nbs/07_surrogate.ipynb #9be39c38
+# %% ../nbs/07_surrogate.ipynb #c00a7fcd
 import copy
 import math
 import re
@@ -20,9 +20,10 @@ from peft import LoraConfig
 from torch import nn
 
 from .core import randn
-from .models import LORA_TARGETS, Conditioning, decode, guidance_condition, predict_noise, size_ids
+from .models import LORA_TARGETS, Conditioning, decode, predict_noise
+from .models import guidance_condition, size_ids
 
-# %% ../nbs/07_surrogate.ipynb #87fc0412
+# %% ../nbs/07_surrogate.ipynb #a9dcf685
 class UNetEncoder(nn.Module):
     "Turn clean latents into features with the blocks of a pretrained SDXL-type UNet."
     def __init__(
@@ -34,7 +35,7 @@ class UNetEncoder(nn.Module):
     ):
         super().__init__()
         if whole and lora_rank:
-            raise ValueError("a surrogate that shares the UNet has its down and mid blocks: set backbone='unet' or rank 0")
+            raise ValueError("a shared UNet serves its down and mid blocks only: set backbone='unet' or rank 0")
         self.whole = whole
         self.timestep = timestep
         self.unet = add_encoder_lora(unet, lora_rank) if lora_rank else _trainable_copy(unet, whole)
@@ -47,9 +48,9 @@ class UNetEncoder(nn.Module):
         if self.whole: return [predict_noise(self.unet, latents, self.timestep, cond)]
         return self.levels(latents, cond)
 
-# %% ../nbs/07_surrogate.ipynb #fb020d55
+# %% ../nbs/07_surrogate.ipynb #4891a551
 def _trainable_copy(unet, whole: bool) -> nn.Module:
-    "Return a float32 copy of `unet` that ends in features: without its last convolution, or without its up blocks too."
+    "Copy `unet` in float32, without its last convolution, or without its up blocks too."
     unet = copy.deepcopy(unet).float().requires_grad_(True)
     if whole:
         unet.conv_out = nn.Identity()
@@ -86,9 +87,13 @@ def levels(self: UNetEncoder, latents: torch.Tensor, cond: Conditioning) -> list
     if unet.mid_block: features.append(unet.mid_block(x, emb, **_text_for(unet.mid_block, cond)))
     return features
 
-# %% ../nbs/07_surrogate.ipynb #f33afe27
+# %% ../nbs/07_surrogate.ipynb #4fa1afc8
 @patch
-def embedding(self: UNetEncoder, latents: torch.Tensor, cond: Conditioning) -> torch.Tensor: # (B, width)
+def embedding(
+    self: UNetEncoder,
+    latents: torch.Tensor, # (B, C, h, w)
+    cond: Conditioning
+) -> torch.Tensor: # (B, width)
     "Embed what SDXL is told besides the text states."
     unet = self.unet
     t = torch.full((len(latents),), self.timestep, device=latents.device)
@@ -151,19 +156,20 @@ def _clip_pixels(vae, latents: torch.Tensor) -> torch.Tensor: # (B, 3, H, W)
     "Decode latents and normalise the pictures as the embedded vision towers expect them."
     return (decode(vae, latents)-.5)/.25
 
-# %% ../nbs/07_surrogate.ipynb #37277491
+# %% ../nbs/07_surrogate.ipynb #d2c07b2e
 class CLIPSurrogate(nn.Module):
-    "R_psi by two towers: the embedding of the decoded picture, that of the caption, and their product."
+    "R_psi by two towers: embeddings of the decoded picture and of the caption, and their product."
     def __init__(
         self,
         vae, # the pipeline's; kept frozen
-        vision, # a CLIPVisionModelWithProjection in the space of the pooled text; copied and trained
+        vision, # a CLIPVisionModelWithProjection that matches the pooled text; copied and trained
         width: int = 128 # of the hidden layer
     ):
         super().__init__()
         self.vae = vae
         self.vision = copy.deepcopy(vision).requires_grad_(True)
-        self.head = nn.Sequential(nn.Linear(3*vision.config.projection_dim, width), nn.SiLU(), nn.Linear(width, 1))
+        d = vision.config.projection_dim
+        self.head = nn.Sequential(nn.Linear(3*d, width), nn.SiLU(), nn.Linear(width, 1))
         nn.init.zeros_(self.head[-1].bias)
     def forward(self, latents: torch.Tensor, cond: Conditioning) -> torch.Tensor: # (B,)
         image = _unit(self.vision(_clip_pixels(self.vae, latents)).image_embeds)
@@ -175,7 +181,7 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     "Scale rows of d numbers to length sqrt(d): each number is then about 1 in size."
     return F.normalize(x, dim=1)*x.shape[1]**.5
 
-# %% ../nbs/07_surrogate.ipynb #811c2c41
+# %% ../nbs/07_surrogate.ipynb #0c7c6b17
 class BLIPSurrogate(nn.Module):
     "R_psi by words that attend to the tokens of the decoded picture."
     def __init__(
@@ -190,8 +196,8 @@ class BLIPSurrogate(nn.Module):
         self.vae = vae
         self.vision = copy.deepcopy(vision).requires_grad_(True)
         self.words = nn.Linear(text_dim, d)
-        layer = nn.TransformerDecoderLayer(
-            d, nhead=4, dim_feedforward=2*d, dropout=0., activation='gelu', batch_first=True, norm_first=True)
+        kind = dict(dropout=0., activation='gelu', batch_first=True, norm_first=True)
+        layer = nn.TransformerDecoderLayer(d, nhead=4, dim_feedforward=2*d, **kind)
         self.decoder = nn.TransformerDecoder(layer, layers)
         self.out = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 1))
         nn.init.zeros_(self.out[-1].bias)
@@ -203,7 +209,7 @@ class BLIPSurrogate(nn.Module):
 # %% ../nbs/07_surrogate.ipynb #f0db4fc2
 BACKBONES = ('unet', 'unet-whole', 'clip', 'blip')
 
-# %% ../nbs/07_surrogate.ipynb #ab713fd4
+# %% ../nbs/07_surrogate.ipynb #4f72f3e5
 def make_surrogate(
     backbone: str, # one of `BACKBONES`
     teacher, # a UNet
@@ -219,7 +225,7 @@ def make_surrogate(
         unet = teacher if pretrained else type(teacher).from_config(teacher.config)
         return SurrogateReward(unet, backbone == 'unet-whole', lora_rank)
     if vision is None:
-        raise ValueError(f'backbone {backbone!r} looks at pictures: pass a vision tower, or take an UNet')
+        raise ValueError(f'backbone {backbone!r} looks at pictures: pass a vision tower')
     if not pretrained: vision = type(vision)(vision.config)
     if backbone == 'clip': return CLIPSurrogate(vae, vision)
     return BLIPSurrogate(vae, vision, teacher.config.cross_attention_dim)
@@ -235,13 +241,13 @@ def bradley_terry_loss(
     offset = (winners+losers).square()
     return preference.mean()+centring*offset.mean()
 
-# %% ../nbs/07_surrogate.ipynb #bc1fe51a
+# %% ../nbs/07_surrogate.ipynb #937fb2cf
 def ordered_pairs(
     rewards: torch.Tensor, # (N,)
     groups: torch.Tensor, # (N,) integers; only samples with the same one are compared
     min_gap: float = .05, # least difference of two rewards, in units of `scale`
     scale: float | None = None # a reward's standard deviation; None takes that of `rewards`
-) -> tuple[torch.Tensor, torch.Tensor, int]: # indices of winners, indices of losers, number of pairs dropped
+) -> tuple[torch.Tensor, torch.Tensor, int]: # indices of winners, of losers, number of pairs dropped
     "Pair all samples of a group whose rewards differ clearly."
     if scale is None: scale = float(rewards.std(correction=0)) if len(rewards) else 0.
     same = torch.triu(groups[:, None] == groups[None], diagonal=1)
@@ -253,7 +259,7 @@ def ordered_pairs(
     losers = torch.where(first_wins, j, i)
     return winners, losers, int(same.sum()-clear.sum())
 
-# %% ../nbs/07_surrogate.ipynb #da7d77ab
+# %% ../nbs/07_surrogate.ipynb #f57aa91e
 TUNED_CELLS = 8 # cells a side from which on all octaves have the full deviation
 
 def octave_noise(
@@ -261,7 +267,7 @@ def octave_noise(
     deviation: float, # sigma, in the latents' unit
     generator: torch.Generator # on the CPU; octaves are drawn from coarse to fine
 ) -> torch.Tensor: # (B, C, h, w)
-    "Add noise of every scale to latents; equal scales of the picture get equal noise at every latent size."
+    "Add noise of every scale to latents, the same at every latent size for equal scales of the picture."
     height, width = latents.shape[-2:]
     side = min(height, width)
     for octave in range(math.ceil(math.log2(side))+1):
@@ -302,12 +308,12 @@ def rank_accuracy(
     winners, losers, _ = ordered_pairs(rewards, groups, min_gap)
     return (scores[winners] > scores[losers]).float().mean().item()
 
-# %% ../nbs/07_surrogate.ipynb #76d3d975
+# %% ../nbs/07_surrogate.ipynb #f927ae2d
 @contextmanager
 def frozen(
     module: nn.Module # whose trainable parameters shall rest
 ):
-    "Keep no gradient for a module's parameters inside the block; gradients still flow through it to its inputs."
+    "Keep no gradient for a module's parameters inside the block; gradients still reach its inputs."
     params = [p for p in module.parameters() if p.requires_grad]
     for p in params: p.requires_grad_(False)
     try: yield module

@@ -1,8 +1,9 @@
 "What tests/test_processes.py runs in one process or in several: one arm on the embedded shapes for a few updates."
 import json
+import os
+import signal
 import sys
 import warnings
-from pathlib import Path
 
 warnings.filterwarnings('ignore')
 import lasro # first: it lets a CUDA-built torchvision import beside a CPU torch # noqa: F401
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
+from lasro import lasro as lasro_arm
 from lasro import task
 from lasro.finetune import finetune
 from lasro.models import load_pipeline
@@ -28,15 +30,25 @@ def sharded_accelerator(*args, **kwargs) -> Accelerator:
     return accelerator
 
 
+def kill_at(round: int):
+    "Kill this process when that round begins."
+    once = lasro_arm.LaSRO.round
+
+    def deadly(self, k):
+        if k == round: os.kill(os.getpid(), signal.SIGKILL)
+        return once(self, k)
+    lasro_arm.LaSRO.round = deadly
+
+
 def main(out: str, arm: str, kind: str, options: str):
     torch.manual_seed(0)
     if kind == 'fsdp': task.Accelerator = sharded_accelerator
     sizes = dict(outer_steps=5, generator_steps=1, surrogate_steps=2, pretrain_steps=3, pretrain_prompts=8, collect_prompts=4,
                  n_noises=3, batch_size=12, lcm_batch=12, groups=6, probe_prompts=12, snapshot_every=0, lr=1e-6, surrogate_lr=1e-6)
     texts = SHAPES.prompts('train', 64)
-    run = finetune(load_pipeline(), 'attribute_binding', texts, out=out or None, arm=arm, **sizes | json.loads(options))
-    if run.out and run.record['processes'] > 1 and not (Path(out)/'run.json').exists(): return
-    if task.PartialState().is_main_process: print('CURVE', run.metrics.to_json(orient='records'))
+    if 'KILL_AT_ROUND' in os.environ: kill_at(int(os.environ['KILL_AT_ROUND']))
+    run = finetune(load_pipeline(), 'attribute_binding', texts, out=None if out == 'none' else out, arm=arm, **sizes | json.loads(options))
+    if PartialState().is_main_process: print('CURVE', run.metrics.to_json(orient='records'))
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

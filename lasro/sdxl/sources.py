@@ -384,16 +384,17 @@ def fuse_lora(pipe: StableDiffusionXLPipeline,
     pipe.unet.fuse_lora()
     pipe.unet.unload_lora()
 
-# %% ../../nbs/sdxl/00_sources.ipynb #6082b4b7
-def _set_up(pipe: StableDiffusionXLPipeline, resolution: int):
-    "Give a pipeline the LCM scheduler and a resolution."
+# %% ../../nbs/sdxl/00_sources.ipynb #3cf391ea
+def _set_up(pipe: StableDiffusionXLPipeline, source: ModelSource):
+    "Give a pipeline the LCM scheduler, a resolution and a name."
     scheduler = pipe.scheduler.config
     pipe.scheduler = LCMScheduler.from_config(scheduler, original_inference_steps=50)
-    pipe.unet.register_to_config(sample_size=resolution//pipe.vae_scale_factor)
+    name = ' + '.join(part for part in (source.base, source.unet, source.lora) if part)
+    pipe.unet.register_to_config(sample_size=source.resolution//8, _name_or_path=name)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
 
-# %% ../../nbs/sdxl/00_sources.ipynb #45c66016
+# %% ../../nbs/sdxl/00_sources.ipynb #f2ed3244
 def load_few_step(source: ModelSource,
                   device='cpu',
                   dtype: torch.dtype = torch.float32 # of the frozen weights
@@ -406,7 +407,7 @@ def load_few_step(source: ModelSource,
     if source.lora:
         fuse_lora(pipe, source.lora)
     check_fits(pipe, teacher, source)
-    _set_up(pipe, source.resolution)
+    _set_up(pipe, source)
     model = FewStep(pipe, teacher, source)
     for network in model.networks:
         network.eval().requires_grad_(False)

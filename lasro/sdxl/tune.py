@@ -11,7 +11,7 @@ import warnings
 from .prompts import BUILT_IN, draw_protocol, protocol, read_prompt_set, readable
 from ..models import Conditioning, add_lora
 from .sources import FewStep, cached_prompts, drop_text_encoders
-from .memory import LADDER, SMALL_LADDER, Setting, choose_setting, configs_of
+from .memory import MEMORY_SETTINGS, SMALL_SETTINGS, MemorySetting, choose_plan
 from ..finetune import NO_REWARD, find_arm, finish
 from ..rewards import Reward, load_reward
 from ..surrogate import SurrogateReward
@@ -19,18 +19,18 @@ from ..task import Task, make_options, sampled_data
 from .export import TunedRun, draw_grid, write_outputs
 from ..sampling import check_steps
 from ..core import check_writable, is_finished, profile
-from .rewards import elsewhere, load_full_reward
+from .rewards import remote_reward, load_full_reward
 from ..baselines import reward_calls
 from ..training import train
 
-def spread(arm, processes: Processes, s: Setting, dtype=None # of autocast
+def spread(arm, processes: Processes, s: MemorySetting, dtype=None # of autocast
           ):
     "Fit an arm to memory and processes, in place."
     task = arm.task
     for m in networks_of(arm):
-        if s.blocks: (m.encoder.unet if isinstance(m, SurrogateReward) else m).enable_gradient_checkpointing(checkpoint_block)
-        in_parts(m, processes, s.micro, dtype)
-    if s.blocks: task.pipe.vae.enable_gradient_checkpointing(checkpoint_block) # `direct` goes back through it
+        if s.gradient_checkpointing: (m.encoder.unet if isinstance(m, SurrogateReward) else m).enable_gradient_checkpointing(checkpoint_block)
+        in_parts(m, processes, s.micro_rows, dtype)
+    if s.gradient_checkpointing: task.pipe.vae.enable_gradient_checkpointing(checkpoint_block) # `direct` goes back through it
     if processes.world == 1: return
     task.writes = processes.rank == 0
     decode_in_parts(task.pipe.vae, processes)
@@ -42,7 +42,7 @@ SDXL_OPTIONS = dict(backbone='unet', lr=3e-5, surrogate_lr=1e-4, lcm_batch=8, gr
 
 PUBLISHED = dict(clip_range=1e-4, dpo_beta=5000., pso_beta=50.) # for latents of this size; the defaults were found for the shapes pipeline, as the arms' rates were
 
-def tune_options(arm: str, profile: str, s: Setting, **overrides):
+def tune_options(arm: str, profile: str, s: MemorySetting, **overrides):
     "An arm's options at size."
     cls, changed = find_arm(arm)
     fitted = {k: v for k, v in PUBLISHED.items() if hasattr(cls.Options, k)} | dict(lora_rank=s.lora_rank, surrogate_rank=s.surrogate_rank, sample_batch=s.sample_batch)
@@ -59,7 +59,7 @@ def make_tune_task(model: FewStep, reward, texts: list[str], cond: Conditioning,
 
 def tune(model: FewStep, reward, # as `finetune` takes it
          texts: list[str], cond: Conditioning, # of the prompts, and of captions of `data` behind them
-         setting: Setting, num_steps: int = 2, out: Path | str | None = None, arm: str = 'lasro', seed: int = 0, profile: str = 'sdxl',
+         setting: MemorySetting, num_steps: int = 2, out: Path | str | None = None, arm: str = 'lasro', seed: int = 0, profile: str = 'sdxl',
          data=None, # clean latents and the row of `cond` of each, for the LCM loss; None samples the model itself
          held_out=None, # a reward that is only watched
          processes: Processes = Processes(), dtype=None, # of autocast, e.g. torch.bfloat16
@@ -92,9 +92,9 @@ def json_dict(name: str, text: str) -> dict:
     if not isinstance(found, dict): raise ValueError(f"""{name} {text!r} is no JSON of names and values, such as '{{"lr": 1e-5}}'""")
     return found
 
-def split_overrides(overrides: str) -> tuple[dict, dict]: # fields of `Setting`, options of the arm
+def split_overrides(overrides: str) -> tuple[dict, dict]: # fields of `MemorySetting`, options of the arm
     "Overrides as JSON, by whom they concern."
-    given, known = json_dict('OVERRIDES', overrides), Setting.__dataclass_fields__
+    given, known = json_dict('OVERRIDES', overrides), MemorySetting.__dataclass_fields__
     for k, v in given.items():
         if k in known and not (type(v) is type(known[k].default) and v >= 0): raise ValueError(f'OVERRIDES: {k} is {v!r}, but is of the kind of {known[k].default!r}')
     return {k: v for k, v in given.items() if k in known}, {k: v for k, v in given.items() if k not in known}
@@ -103,8 +103,8 @@ def check_overrides(arm: str, profile_name: str, overrides: str):
     "One line if an override is unknown or of the wrong kind."
     (fixed, options), first = split_overrides(overrides), find_arm(arm)[0].Options()
     for k in options:
-        if k not in vars(first): raise ValueError(f"OVERRIDES: {k!r} is no option of {arm} ({', '.join(vars(first))}) and no field of Setting ({', '.join(Setting.__dataclass_fields__)})")
-    o = tune_options(arm, profile_name, replace(LADDER[0], **fixed), **options)
+        if k not in vars(first): raise ValueError(f"OVERRIDES: {k!r} is no option of {arm} ({', '.join(vars(first))}) and no field of MemorySetting ({', '.join(MemorySetting.__dataclass_fields__)})")
+    o = tune_options(arm, profile_name, replace(MEMORY_SETTINGS[0], **fixed), **options)
     for k in options:
         if isinstance(getattr(first, k), (int, float)) and not isinstance(getattr(o, k), (int, float)): raise ValueError(f'OVERRIDES: {k} is {options[k]!r}, but must be a number')
 
@@ -133,18 +133,18 @@ def read_and_encode(model: FewStep, path: str, folder: Path) -> tuple[list[str],
 def given_rewards(p: dict, device) -> tuple[Reward, Reward | None]: # trained on, and only watched
     "The rewards that the parameters name."
     options, held_out = json_dict('REWARD_OPTIONS', p['REWARD_OPTIONS']), p['HELD_OUT']
-    reward = elsewhere(p['REWARD'], p['REWARD_DEVICE'], **options) if p['REWARD_DEVICE'] else load_full_reward(p['REWARD'], device, **options)
+    reward = remote_reward(p['REWARD'], p['REWARD_DEVICE'], **options) if p['REWARD_DEVICE'] else load_full_reward(p['REWARD'], device, **options)
     return reward, load_full_reward(held_out, device, **json_dict('HELD_OUT_OPTIONS', p['HELD_OUT_OPTIONS'])) if held_out else None
 
-def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float, processes: Processes = Processes(), n_test: int = 0) -> tuple[Setting, pd.DataFrame, dict]: # and the arm's options
+def fit_to_card(model: FewStep, p: dict, n_prompts: int, card: float, reward_gb: float, processes: Processes = Processes(), n_test: int = 0) -> tuple[MemorySetting, pd.DataFrame, dict]: # and the arm's options
     "The setting of a run, its plan, and its other overrides."
     fixed, options = split_overrides(p['OVERRIDES'])
-    ladder = SMALL_LADDER if p['SMALL'] else LADDER
+    ladder = SMALL_SETTINGS if p['SMALL'] else MEMORY_SETTINGS
     o = tune_options(p['ARM'], p['PROFILE'], replace(ladder[0], **fixed), **options)
     if o.backbone != 'unet': warnings.warn(f"the plan counts the teacher's down and mid blocks; backbone {o.backbone!r} takes more")
     pixels = -(-reward_calls(o, p['NUM_STEPS'], n_prompts)//(o.outer_steps*o.generator_steps+1)) if p['ARM'] == 'direct' else 0
     sizes = dict(pixels=pixels, prompts=n_prompts+n_test, buffer=getattr(o, 'buffer', 0), batch_size=o.batch_size, lcm_batch=o.lcm_batch, num_steps=p['NUM_STEPS'], reward_gb=reward_gb, world=processes.world, shards=processes.shards)
-    return *choose_setting(configs_of(model), card, fixed, ladder, **sizes), options
+    return *choose_plan(model, card, ladder), options
 
 def prepare(model: FewStep, p: dict, # the parameters at the top by name
             out: Path, card: float, # GB that were free before anything lay on the card

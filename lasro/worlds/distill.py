@@ -672,7 +672,7 @@ def headroom_table(
     result = evaluate(by_teacher, pipe, world, eval_set, sizes)
     return pd.DataFrame(rows+_score_rows(result, 'teacher', TEACHER_STEPS)).round(4)
 
-# %% ../../nbs/worlds/05_distill.ipynb #1cbcf432
+# %% ../../nbs/worlds/05_distill.ipynb #e17191a2
 _CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -680,9 +680,9 @@ library_name: diffusers
 # The shapes pipeline
 
 An SDXL-format latent consistency model of rendered scenes, with its teacher (`teacher_unet`), a
-vision tower (`clip_vision`), a preference model and evaluation features. Everything was trained from
-nothing on pictures that `lasro.worlds.shapes` renders. `nbs/worlds/05_distill.ipynb` defines the
-training; `make retrain` repeats it. The model knows coloured shapes and nothing else.
+vision tower (`clip_vision`), a preference model and evaluation features. Everything was trained
+from nothing on pictures that `lasro.worlds.shapes` renders. `nbs/worlds/05_distill.ipynb` defines
+the training; `make retrain` repeats it. The model knows coloured shapes and nothing else.
 
 - Training updates: {updates}.
 - Pre-training renders every combination of colour and shape. Fine-tuning prompts name seen

@@ -62,10 +62,10 @@ def _vocabulary(merges: list[str]) -> list[str]: # tokens in the order of their 
     tokens += [_START, _END]
     return list(dict.fromkeys(tokens))
 
-# %% ../../nbs/worlds/00_networks.ipynb #289d7134
+# %% ../../nbs/worlds/00_networks.ipynb #601483cc
 def _tokenizer_config() -> dict:
     "Return the settings of a CLIP tokenizer; the end token also pads."
-    special = dict(bos_token=_START, eos_token=_END, pad_token=_END, unk_token=_END)
+    special = dict(pad_token=_END, unk_token=_END, bos_token=_START, eos_token=_END)
     return dict(tokenizer_class='CLIPTokenizer', model_max_length=MAX_TOKENS, **special)
 
 # %% ../../nbs/worlds/00_networks.ipynb #5893d456
@@ -93,9 +93,10 @@ def _text_config(tokenizer: CLIPTokenizer,
     sizes = dict(hidden_size=width, intermediate_size=4*width, max_position_embeddings=MAX_TOKENS)
     return CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **special, **_LAYERS)
 
-# %% ../../nbs/worlds/00_networks.ipynb #4b88b801
-def build_towers(tokenizer: CLIPTokenizer,
-                ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+# %% ../../nbs/worlds/00_networks.ipynb #6858d667
+def build_towers(
+    tokenizer: CLIPTokenizer,
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
     "Build two text towers, the second with a projection, and the vision tower that shares its space."
     text_1 = CLIPTextModel(_text_config(tokenizer, 48))
     text_2 = CLIPTextModelWithProjection(_text_config(tokenizer, 64))
@@ -117,7 +118,7 @@ _UNET = dict(
     sample_size=8, layers_per_block=1, transformer_layers_per_block=1, norm_num_groups=16,
     use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=_SIZE_EMBEDDING)
 
-# %% ../../nbs/worlds/00_networks.ipynb #99a51eec
+# %% ../../nbs/worlds/00_networks.ipynb #dfdb8178
 def build_unet(
     widths: tuple[int, ...] = (64, 64), # channels of each level
     cross_attention_dim: int = 112, # width of both towers' states together
@@ -128,7 +129,7 @@ def build_unet(
     down = ('CrossAttnDownBlock2D',)*len(widths)
     up = ('CrossAttnUpBlock2D',)*len(widths)
     heads = tuple(width//24 for width in widths)
-    levels = dict(block_out_channels=widths, down_block_types=down, up_block_types=up, attention_head_dim=heads)
+    levels = dict(block_out_channels=widths, attention_head_dim=heads, down_block_types=down, up_block_types=up)
     inputs = dict(cross_attention_dim=cross_attention_dim,
                   projection_class_embeddings_input_dim=pooled_dim+6*_SIZE_EMBEDDING)
     return UNet2DConditionModel(**(_UNET | levels | inputs | config))
