@@ -1,8 +1,12 @@
-"""Counts the passes that memory plans are made of, and measures accumulation: `python bench/memory.py [--accumulation] [--again]`.
+"""Counts the passes that memory plans are made of, and measures accumulation:
+`python bench/memory.py [--accumulation] [--again]`.
 
-Without arguments every pass of SHAPES and SETTINGS is counted on fake tensors and kept in lasro/assets/sdxl/pass_costs.csv. A pass of SDXL takes minutes on one core; passes that are in the file are skipped,
-so a killed call goes on. `--again` counts all. `--accumulation` measures updates of the small SDXL with real numbers beside their counts, and writes results/lab/tables/tab_memory.csv and
-results/lab/figures/fig_memory.png. Nothing here needs a GPU or weights.
+Without arguments every pass of SMALL and FULL is counted on fake tensors and kept in
+lasro/assets/sdxl/pass_costs.csv. A pass of SDXL takes minutes on one core. Passes in the file are
+skipped, so a killed call goes on; `--again` counts all.
+
+`--accumulation` measures updates of the small SDXL with real numbers beside their counts. It writes
+results/lab/tables/tab_memory.csv and results/lab/figures/fig_memory.png. Nothing here needs a GPU.
 """
 import argparse
 from dataclasses import replace
@@ -23,55 +27,70 @@ SETTINGS = (
     MemorySetting(gradient_checkpointing=False),
     MemorySetting(lora_rank=16, surrogate_rank=16),
 )
-SMALL_SETTINGS = memory.SMALL_SETTINGS[0], replace(memory.SMALL_SETTINGS[0], gradient_checkpointing=True)
+PLAIN = memory.SMALL_SETTINGS[0]
+SMALL_SETTINGS = PLAIN, replace(PLAIN, gradient_checkpointing=True)
 ROWS = {'generator update': (1, 2), 'surrogate step': (2, 4)} # cost is affine in the rows
 
 
-def wanted():
-    "Yield every pass to count: name, shape, setting, rows."
-    for shapes, settings in ((SMALL, SMALL_SETTINGS), (FULL, SETTINGS)):
-        for shape in shapes:
-            for setting in settings:
-                for name in memory.PASSES:
-                    if name in ('decoding', 'decoder gradient') and setting != settings[0]: continue
-                    for rows in ROWS.get(name, (1,)): yield name, shape, setting, rows
+def jobs(shapes, settings):
+    "Yield name, shape, setting and rows of the passes to count."
+    for shape in shapes:
+        for setting in settings:
+            for name in memory.PASSES:
+                if name in memory.DECODER_PASSES and setting != settings[0]: continue
+                for rows in ROWS.get(name, (1,)): yield name, shape, setting, rows
+
+
+def kept(again: bool) -> dict: # key: row
+    "Return the rows of the file."
+    if again or not memory.COSTS_FILE.exists(): return {}
+    rows = pd.read_csv(memory.COSTS_FILE).to_dict('records')
+    return {tuple(row[k] for k in memory.KEY_COLUMNS): row for row in rows}
+
+
+def known_flops(done: dict, name: str, shape, setting, rows: int) -> float | None:
+    "Return the operations of a pass from those of fewer rows: they are proportional."
+    fewest = ROWS.get(name, (1,))[0]
+    first = done.get(tuple(memory.pass_key(name, shape, setting, fewest).values()))
+    return first['flops']*rows/fewest if first else None
 
 
 def count(again: bool):
     "Count what is not in the file."
-    path = memory.COSTS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = [] if again or not path.exists() else pd.read_csv(path).to_dict('records')
-    key = lambda row: tuple(row[c] for c in list(memory.cost_row('', SMALL[0], SETTINGS[0], 0, memory.PassCost(0, {})))[:-1])
-    done = {key(row): row for row in table}
-    for name, shape, setting, rows in wanted():
-        new = partial(memory.cost_row, name, shape, setting)
-        if key(new(rows, memory.PassCost(0, {}))) in done: continue
-        first = done.get(key(new(ROWS.get(name, (1,))[0], memory.PassCost(0, {})))) # operations are proportional to the rows
-        flops = first['flops']*rows/first['rows'] if first else None
-        row = new(rows, memory.count_pass(name, shape, setting, rows, flops))
-        done[key(row)] = row
-        with atomic_path(path) as tmp: pd.DataFrame(done.values()).to_csv(tmp, index=False)
-        print(*key(row), flush=True)
+    memory.COSTS_FILE.parent.mkdir(parents=True, exist_ok=True)
+    done = kept(again)
+    for job in (*jobs(SMALL, SMALL_SETTINGS), *jobs(FULL, SETTINGS)):
+        key = memory.pass_key(*job)
+        if tuple(key.values()) in done: continue
+        cost = memory.count_pass(*job, known_flops(done, *job))
+        done[tuple(key.values())] = key | memory.cost_values(cost)
+        with atomic_path(memory.COSTS_FILE) as tmp: pd.DataFrame(done.values()).to_csv(tmp, index=False)
+        print(*key.values(), flush=True)
+
+
+def counted_mb(rows: int) -> float:
+    "Count an update of the small SDXL in float32."
+    build = partial(memory.build_networks, SMALL[0], PLAIN, torch.float32)
+    run = partial(memory.PASSES['generator update'], rows=rows)
+    return round(memory.measure_pass(build, run, flops=0.).working_gb*1024, 3)
 
 
 def accumulation():
     "Measure updates of the small SDXL, and count the same."
     runs = memory.measure_accumulation()
     table = memory.accumulation_table(runs)
-    shape, setting = SMALL[0], memory.SMALL_SETTINGS[0]
-    build = partial(memory.build_networks, shape, setting, torch.float32)
-    costs = [memory.measure_pass(build, partial(memory.PASSES['generator update'], rows=r.micro_rows), 0.) for r in runs]
-    table['counted_mb'] = [round(cost.working_gb*1024, 3) for cost in costs]
+    table['counted_mb'] = [counted_mb(run.micro_rows) for run in runs]
     lab = results_dir('lab')
     with atomic_path(lab/'tables'/'tab_memory.csv') as tmp: table.to_csv(tmp, index=False)
     figure = memory.plot_accumulation([runs[0], runs[-1]])
-    with atomic_path(lab/'figures'/'fig_memory.png') as tmp: figure.savefig(tmp, format='png', dpi=150)
+    with atomic_path(lab/'figures'/'fig_memory.png') as tmp:
+        figure.savefig(tmp, format='png', dpi=150)
     print(table.to_string(index=False))
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('--accumulation', action='store_true')
     parser.add_argument('--again', action='store_true')
     args = parser.parse_args()

@@ -11,12 +11,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from fastcore.basics import patch
 
-from .baselines import DiffusionDPO, GORS, PSO, RLCM, RLCMDropped
+from .baselines import GORS, RLCM, RLCMDropped
 from .core import check_writable, environment, generator, is_finished, load_json, save_json, show_images
 from .guided import Direct, RewardGuided
 from .lasro import LaSRO
 from .models import adapters_off, encode_prompts, latent_shape
 from .monitor import first_alarms, save_metrics, save_trained, start_trackers
+from .preference import DiffusionDPO, PSO
 from .rewards import load_reward
 from .sampling import draw_noise, generate
 from .task import Inputs, Options, Task, make_options, make_task

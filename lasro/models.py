@@ -134,14 +134,17 @@ def _prompt_problem(prompt, tokenizer) -> str | None:
     if not any(map(_is_word, tokens)):
         return f'has no word that the text encoders know: {prompt[:40]!r}'
 
-# %% ../nbs/01_models.ipynb #2d5da2aa
+# %% ../nbs/01_models.ipynb #a3f9db4f
 def check_prompts(prompts: list[str], tokenizer: CLIPTokenizer):
     "Raise ValueError for the first prompt that the text encoders cannot read."
-    if isinstance(prompts, str): raise ValueError('prompts must be a list of strings, not one string')
-    if not len(prompts): raise ValueError('prompts is empty: give at least one')
+    if isinstance(prompts, str):
+        raise ValueError('prompts must be a list of strings, not one string')
+    if not len(prompts):
+        raise ValueError('prompts is empty: give at least one')
     for i, prompt in enumerate(prompts):
         problem = _prompt_problem(prompt, tokenizer)
-        if problem: raise ValueError(f'prompt {i} {problem}')
+        if problem:
+            raise ValueError(f'prompt {i} {problem}')
 
 # %% ../nbs/01_models.ipynb #5fe0a080
 @dataclass(repr=False)
@@ -185,7 +188,7 @@ def _native_size_ids(pipe, n: int) -> torch.Tensor: # (n, 6)
     ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=pipe.device)
     return ids.expand(n, 6)
 
-# %% ../nbs/01_models.ipynb #2ce5060e
+# %% ../nbs/01_models.ipynb #93dddeb1
 @torch.no_grad()
 def encode_prompts(
     pipe: StableDiffusionXLPipeline,
@@ -193,7 +196,7 @@ def encode_prompts(
     batch_size: int = 256,
     guidance_scale: float | None = None # for a UNet that embeds it
 ) -> Conditioning:
-    "Encode prompts with the pipeline's own `encode_prompt`. Raises ValueError for an unreadable one."
+    "Encode prompts as the pipeline does. Raises ValueError for one that cannot be read."
     check_prompts(prompts, pipe.tokenizer)
     embeds = []
     pooled = []
@@ -230,13 +233,13 @@ def size_ids(
     w = scale_factor*latents.shape[-1]
     return latents.new_tensor([h, w, 0, 0, h, w]).expand(len(latents), 6)
 
-# %% ../nbs/01_models.ipynb #8b95eee7
+# %% ../nbs/01_models.ipynb #7d43e86c
 def guidance_condition(unet, cond: Conditioning) -> torch.Tensor | None: # (B, time_cond_proj_dim)
     "Return the embedded guidance scale, or None for a UNet that takes none."
     dim = unet.config.time_cond_proj_dim
     if not dim: return None
     if cond.guidance is None:
-        raise ValueError('this UNet embeds the guidance scale: give encode_prompts a guidance_scale')
+        raise ValueError('this UNet embeds the guidance scale: give one to encode_prompts')
     return guidance_embedding(cond.guidance, dim)
 
 # %% ../nbs/01_models.ipynb #483324bd
@@ -280,15 +283,16 @@ LORA_TARGETS = ('to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out',
                 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2', 'conv_shortcut',
                 'downsamplers.0.conv', 'upsamplers.0.conv', 'time_emb_proj')
 
-# %% ../nbs/01_models.ipynb #5f5b58cc
+# %% ../nbs/01_models.ipynb #fab03289
 def add_lora(
     unet: UNet2DConditionModel,
     rank: int = 16,
     alpha: int | None = None # numerator of the adapter's scale alpha/rank; None takes the rank
 ) -> list[nn.Parameter]:
-    "Freeze `unet`, add an adapter and return its weights, which are float32 at any dtype of `unet`."
+    "Freeze `unet`, add an adapter and return its weights, which are always float32."
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(LORA_TARGETS)))
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(LORA_TARGETS))
+    unet.add_adapter(config)
     params = [p for p in unet.parameters() if p.requires_grad]
     for p in params: p.data = p.data.float()
     return params
@@ -298,12 +302,12 @@ def adapter_layers(unet) -> list[BaseTunerLayer]:
     "Return the layers of a network that hold adapters."
     return [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
 
-# %% ../nbs/01_models.ipynb #bc39b100
+# %% ../nbs/01_models.ipynb #44142815
 @contextmanager
 def adapters_off(unet):
     "Switch a network's adapters off inside the block; afterwards they are as they were."
     before = [(layer, layer._disable_adapters) for layer in adapter_layers(unet)]
-    for layer, _ in before: layer._disable_adapters = True # keeps `requires_grad`, unlike peft's own
+    for layer, _ in before: layer._disable_adapters = True # peft's own also changes requires_grad
     try: yield unet
     finally:
         for layer, disabled in before: layer._disable_adapters = disabled
@@ -334,7 +338,7 @@ def save_checkpoint(
     info = dict(meta=json.dumps(meta), checksum=_checksum(tensors))
     with atomic_path(path) as tmp: save_file(tensors, tmp, metadata=info)
 
-# %% ../nbs/01_models.ipynb #a2fe55d8
+# %% ../nbs/01_models.ipynb #c764a831
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]: # tensors and meta
     "Read what `save_checkpoint` wrote. Raises OSError if the file is damaged."
     try:
@@ -342,8 +346,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]: # tenso
         with safe_open(path, 'pt') as f: info = f.metadata()
         meta = json.loads(info['meta'])
         intact = info['checksum'] == _checksum(tensors)
-    except Exception as e: raise OSError(f'{path} is damaged: {e}') from None
-    if not intact: raise OSError(f'{path} is damaged: its checksum does not match')
+    except Exception as e:
+        raise OSError(f'{path} is damaged: {e}') from None
+    if not intact:
+        raise OSError(f'{path} is damaged: its checksum does not match')
     return tensors, meta
 
 # %% ../nbs/01_models.ipynb #18dd7a48

@@ -36,7 +36,7 @@ def _as_tensor(rewards):
         return torch.stack([torch.as_tensor(r) for r in rewards])
     return torch.as_tensor(rewards)
 
-# %% ../nbs/04_rewards.ipynb #0849f27e
+# %% ../nbs/04_rewards.ipynb #b4000dcd
 def check_rewards(
     name: str,           # of the reward, for the message
     rewards,             # what its function returned
@@ -52,7 +52,9 @@ def check_rewards(
         shape = tuple(values.shape)
         raise RewardError(f'reward {name!r} returned shape {shape} for {len(images)} images')
     bad = (~values.isfinite()).nonzero().flatten().tolist()
-    if bad: raise RewardError(f'reward {name!r} returned {float(values[bad[0]])} for sample {bad[0]}')
+    if bad:
+        value = float(values[bad[0]])
+        raise RewardError(f'reward {name!r} returned {value} for sample {bad[0]}')
     return values
 
 # %% ../nbs/04_rewards.ipynb #aeaade4e
@@ -66,12 +68,12 @@ class Reward:
     held_out: str | None = None      # a reward that is watched while this one is trained
     readable: Callable | None = field(default=None, repr=False) # prompt -> bool; None reads any
 
-# %% ../nbs/04_rewards.ipynb #d6556249
+# %% ../nbs/04_rewards.ipynb #15d2fc08
 def _check_batch(name, images, prompts):
     "Raise RewardError unless there is one prompt per image."
     if images.ndim == 4 and not isinstance(prompts, str) and len(prompts) == len(images): return
-    shape = tuple(images.shape)
-    raise RewardError(f'reward {name!r} got images {shape} and {len(prompts)} prompts: give one each')
+    found = f'images {tuple(images.shape)} and {len(prompts)} prompts'
+    raise RewardError(f'reward {name!r} got {found}: give (B, 3, H, W) and B prompts')
 
 # %% ../nbs/04_rewards.ipynb #696a9213
 def _with_info(found):
@@ -145,7 +147,7 @@ def incompressibility(device='cpu') -> Reward:
     def fn(images, prompts, metadata): return jpeg_kb(images)
     return Reward('incompressibility', fn, (0, math.inf), held_out='image_reward')
 
-# %% ../nbs/04_rewards.ipynb #20ad3ce3
+# %% ../nbs/04_rewards.ipynb #962d4add
 def import_function(path: str # 'module:function'
                    ) -> Callable:
     "Import a reward's function. Raises ValueError if it is not there."
@@ -154,7 +156,8 @@ def import_function(path: str # 'module:function'
     except Exception as e:
         problem = f'{type(e).__name__}: {first_line(e)}'
         raise ValueError(f'reward {path!r} cannot be imported: {problem}') from None
-    if not callable(fn): raise ValueError(f'reward {path!r} is {type(fn).__name__}, not a function')
+    if not callable(fn):
+        raise ValueError(f'reward {path!r} is {type(fn).__name__}, not a function')
     return fn
 
 # %% ../nbs/04_rewards.ipynb #b996d31c
@@ -175,9 +178,9 @@ def _named_reward(name: str, device, world: World) -> Reward:
     known = ', '.join(world.rewards)
     raise ValueError(f'unknown reward {name!r}: choose one of {known}, or give module:function')
 
-# %% ../nbs/04_rewards.ipynb #c94cef06
+# %% ../nbs/04_rewards.ipynb #f3f84421
 def load_reward(
-    reward: str | Callable | Reward, # a name in the world's rewards, 'module:function', or a function
+    reward: str | Callable | Reward, # a name in the world, 'module:function', or a function
     device='cpu',                    # where its networks live
     world: str | World = 'shapes'    # whose rewards go by name
 ) -> Reward:

@@ -99,10 +99,11 @@ def sample(
         latents = add_noise(z, injected[i], out.timesteps[i+1])
     return out
 
-# %% ../nbs/02_sampling.ipynb #e87283d0
+# %% ../nbs/02_sampling.ipynb #df379bb4
 def check_steps(num_steps: int):
     "Raise ValueError unless there are 1 to 4 sampling steps."
-    if num_steps not in range(1, 5): raise ValueError(f'{num_steps} sampling steps: give 1 to 4')
+    if num_steps not in range(1, 5):
+        raise ValueError(f'{num_steps} sampling steps: give 1 to 4')
 
 # %% ../nbs/02_sampling.ipynb #214237e9
 def draw_noise(
@@ -162,10 +163,10 @@ def ddim_step(
     x_0 = (x_t-sigma*noise)/alpha
     return add_noise(x_0, noise, t_prev)
 
-# %% ../nbs/02_sampling.ipynb #ec0cd8e6
+# %% ../nbs/02_sampling.ipynb #949ece0e
 @torch.no_grad()
 def lcm_target(
-    target,               # the network of the target: an average of the student, or the student itself
+    target,               # an average of the student, or the student itself
     teacher,              # its adapters, if any, are switched off
     x_t: torch.Tensor,    # (B, 4, h, w)
     t: torch.Tensor,      # (B,)

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-# %% ../nbs/03_world.ipynb #fdc8d998
+# %% ../nbs/03_world.ipynb #8dba3882
 @dataclass(frozen=True, eq=False, repr=False)
 class World:
     "One kind of images: how they are made, asked for, scored and measured."
     name: str                       # e.g. 'shapes'
-    rewards: dict[str, Callable]    # name: factory, called as factory(device=...), returns a `Reward`
+    rewards: dict[str, Callable]    # name: factory, called with device=, returns a `Reward`
     folder: Path | None = None      # an SDXL-format pipeline, with `teacher_unet/` inside
     prompts: Callable | None = None # (split, n, combos=None, kind=None) -> n prompts
     kinds: tuple[str, ...] = ()     # of prompts; the first is the default
-    lcm_data: Callable | None = None # (pipe, prompts) -> clean latents (M, ...), index of prompt (M,)
+    lcm_data: Callable | None = None # (pipe, prompts) -> clean latents (M, ...), prompt index (M,)
     guidance_scale: float = 8.      # of the teacher in the LCD loss
     scored: tuple[str, ...] = ()    # rewards that every evaluation measures
     features: Callable | None = None # images (B, 3, H, W) -> features (B, F) on the CPU

@@ -14,7 +14,7 @@ from lasro.baselines import ddpo_loss, log_prob, reward_calls
 from lasro.finetune import ARMS, NO_REWARD, find_arm, finetune
 from lasro.models import load_pipeline
 from lasro.task import make_options, make_task
-from lasro.training import checkpoint, note, train
+from lasro.training import _note, checkpoint, train
 
 NAMES = ['lasro', 'rlcm', 'rlcm-dropped', 'diffusion_dpo', 'pso', 'gors_lcm', 'reward_guided', 'direct']
 SMALL = dict(generator_steps=2, pretrain_steps=1, probe_prompts=4, snapshot_every=0)
@@ -61,8 +61,8 @@ def test_a_run_resumes_bit_for_bit_and_costs_what_lasro_costs(name, micro_groups
 def rows_of_one_round(arm) -> list[dict]:
     "Prepare and make one round, as `train` does."
     rows = []
-    note(arm, rows, 0, arm.prepare(), None)
-    note(arm, rows, 1, arm.round(0), None)
+    _note(arm, rows, 0, arm.prepare(), None)
+    _note(arm, rows, 1, arm.round(0), None)
     return rows
 
 

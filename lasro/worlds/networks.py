@@ -162,13 +162,14 @@ def _conv_block(channels_in: int,
     convolution = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1)
     return nn.Sequential(convolution, nn.GroupNorm(8, channels_out), nn.SiLU())
 
-# %% ../../nbs/worlds/00_networks.ipynb #5c137b85
+# %% ../../nbs/worlds/00_networks.ipynb #ad1f98a5
 def _patch_encoder(width: int) -> nn.Sequential:
     "Return the network that turns a 32x32 picture into 8x8 patches."
     first, second = _conv_block(3, 32, 1), _conv_block(32, 48, 2)
     third, fourth = _conv_block(48, width, 2), _conv_block(width, width, 1)
     return nn.Sequential(first, second, third, fourth)
 
+# %% ../../nbs/worlds/00_networks.ipynb #422d3698
 def _word_decoder(width: int) -> nn.TransformerDecoder:
     "Return three layers in which words attend to words and to patches."
     options = dict(dropout=0., activation='gelu', batch_first=True, norm_first=True)

@@ -79,11 +79,12 @@ def _relation(images: torch.Tensor, texts: list[str], metadata=None) -> torch.Te
     cosine = (F.normalize(p-q, dim=1)*_directions(texts).to(p)).sum(1)
     return a*b*(math.sqrt(2)*cosine).clamp(0, 1)
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #e82dba31
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #c75a04e2
 def _names_relation(prompt: str) -> bool:
     "Return whether the prompt names two things and a relation."
     return len(parse(prompt)) > 1 and parse_relation(prompt) is not None
 
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #a188e4f6
 def relation(device='cpu') -> Reward:
     "Return the relation reward, for prompts such as 'a red ring above a blue cross'."
     return Reward('relation', _relation, range=(0, 1), held_out='clip_score',
@@ -159,10 +160,11 @@ def _encode(texts: list[str], device='cpu') -> dict[str, torch.Tensor]: # text: 
     lengths = batch.attention_mask.sum(1).tolist()
     return {text: state[1:n-1].clone() for text, state, n in zip(texts, states, lengths)}
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #ac2b0c2b
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #0401f3f2
 @cache
 def _known_tokens(device) -> dict[str, torch.Tensor]: return {}
 
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #564adb0c
 @torch.no_grad()
 def _embed_tokens(texts: list[str], device='cpu', batch_size: int = 64) -> list[torch.Tensor]:
     "Encode texts, each only once."
