@@ -29,6 +29,7 @@ SETTINGS = (
 )
 PLAIN = memory.SMALL_SETTINGS[0]
 SMALL_SETTINGS = PLAIN, replace(PLAIN, gradient_checkpointing=True)
+COMPARED = 'decoding', 'surrogate gradient', 'decoder gradient' # counted without checkpointing
 ROWS = {'generator update': (1, 2), 'surrogate step': (2, 4)} # cost is affine in the rows
 
 
@@ -37,7 +38,7 @@ def jobs(shapes, settings):
     for shape in shapes:
         for setting in settings:
             for name in memory.PASSES:
-                if name in memory.DECODER_PASSES and setting != settings[0]: continue
+                if name in COMPARED and setting.gradient_checkpointing: continue
                 for rows in ROWS.get(name, (1,)): yield name, shape, setting, rows
 
 
@@ -64,7 +65,8 @@ def count(again: bool):
         if tuple(key.values()) in done: continue
         cost = memory.count_pass(*job, known_flops(done, *job))
         done[tuple(key.values())] = key | memory.cost_values(cost)
-        with atomic_path(memory.COSTS_FILE) as tmp: pd.DataFrame(done.values()).to_csv(tmp, index=False)
+        with atomic_path(memory.COSTS_FILE) as tmp:
+            pd.DataFrame(done.values()).to_csv(tmp, index=False)
         print(*key.values(), flush=True)
 
 

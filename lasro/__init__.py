@@ -1,5 +1,5 @@
 "Reward fine-tuning of few-step diffusion models with any reward. Generated from nbs/, but for this file."
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import importlib
 import importlib.util

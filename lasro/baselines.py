@@ -6,7 +6,7 @@
 __all__ = ['log', 'BaselineOptions', 'reward_calls', 'part_size', 'Baseline', 'log_prob', 'PerPromptStatTracker', 'ddpo_loss',
            'ratio_numbers', 'RLCM', 'RLCMDropped', 'gors_weights', 'GORS']
 
-# %% ../nbs/13_baselines.ipynb #4aa7022a
+# %% ../nbs/13_baselines.ipynb #297de85b
 import logging
 import math
 from dataclasses import dataclass
@@ -16,26 +16,32 @@ from fastcore.basics import patch
 
 from .core import randn
 from .evaluation import diversity
-from .sampling import add_noise, coefficients, denoise, draw_lcm_noise, lcm_loss, lcm_timesteps, sample
+from .sampling import add_noise, coefficients, denoise, draw_lcm_noise, lcm_loss
+from .sampling import lcm_timesteps, sample
 from .surrogate import ordered_pairs
-from .task import MicroGroup, Options, Task, option
+from .options import Options, option
+from .task import MicroGroup, Task
 from .training import Arm
 
 log = logging.getLogger('lasro')
 
-# %% ../nbs/13_baselines.ipynb #cf64136c
+# %% ../nbs/13_baselines.ipynb #913b61fe
 @dataclass(frozen=True, repr=False)
 class BaselineOptions(Options):
     "What the baselines add to `Options`."
-    clip_range: float = option(3e-5, 0.)  # rlcm: half-width of the ratio's clip at 64x64x4 latents; published 1e-4
-    adv_clip: float = option(10., 0.)     # rlcm: greatest advantage; published
-    history: int = option(32, 1)          # rlcm: rewards remembered of each prompt; published 16 or 32
-    min_count: int = option(6, 1)         # rlcm: fewer rewards of a prompt do not count; published 16
-    dpo_beta: float = option(20., 0.)     # diffusion_dpo: published 5000, for latents 64 times as large
-    pso_beta: float = option(500., 0.)    # pso: published 50
-    pso_clip: float = option(.1, 0., .99) # pso: half-width of the ratio's clip; published
-    top: float = option(.1, 0., 1.)       # gors_lcm: share of the samples that is kept
-    gors_form: str = option('lcm', choices=('lcm', 'x0')) # gors_lcm: the LCM loss, or plain regression
+    # rlcm
+    clip_range: float = option(3e-5, 0.)  # half-width of the ratio's clip at 64x64x4 latents; published 1e-4
+    adv_clip: float = option(10., 0.)     # greatest advantage; published
+    history: int = option(32, 1)          # rewards of a prompt that count; published 16 or 32
+    min_count: int = option(6, 1)         # with fewer the batch's statistics serve; published 16
+    # diffusion_dpo
+    dpo_beta: float = option(20., 0.)     # published 5000, for latents 64 times as large
+    # pso
+    pso_beta: float = option(500., 0.)    # published 50
+    pso_clip: float = option(.1, 0., .99) # half-width of the ratio's clip; published
+    # gors_lcm
+    top: float = option(.1, 0., 1.)       # share of the samples that is kept
+    gors_form: str = option('lcm', choices=('lcm', 'x0')) # the LCM loss, or plain regression
 
 # %% ../nbs/13_baselines.ipynb #74fc68f5
 def reward_calls(
@@ -52,9 +58,9 @@ def part_size(total: int, parts: int, j: int) -> int:
     "Return the size of part j when `total` things are dealt out evenly."
     return (j+1)*total//parts - j*total//parts
 
-# %% ../nbs/13_baselines.ipynb #d8d637d3
+# %% ../nbs/13_baselines.ipynb #27a32113
 class Baseline(Arm):
-    "An arm that learns from labelled samples. A subclass gives `store`, `draw_rows` and `reward_loss`."
+    "Learn from labelled samples. A subclass gives `store`, `draw_rows` and `reward_loss`."
     Options = BaselineOptions
     on_policy = False # True: every batch is of the same size and replaces the one before
     undefined = ''    # why there is no such method at one step; empty where there is one
@@ -109,10 +115,10 @@ def _trajectories(
         denoised.append(torch.stack(found.denoised, 1))
     return inputs, denoised
 
-# %% ../nbs/13_baselines.ipynb #65d76506
+# %% ../nbs/13_baselines.ipynb #7d68cb40
 @patch
 @torch.no_grad()
-def collect(self: Baseline, j: int) -> tuple[dict, torch.Tensor]: # see below; features (N, F) by visit
+def collect(self: Baseline, j: int) -> tuple[dict, torch.Tensor]: # samples; features by visit
     "Sample, shuffle and label batch j, each process its rows. Count it."
     t = self.task
     prompt, noise, injected = self.draw_visits(j)
@@ -128,7 +134,7 @@ def collect(self: Baseline, j: int) -> tuple[dict, torch.Tensor]: # see below; f
     found = {name: t.gather(x, n).cpu() for name, x in found.items()}
     return found | dict(prompt=prompt[order]), t.gather(features, n).cpu()[order.argsort()]
 
-# %% ../nbs/13_baselines.ipynb #ac14557f
+# %% ../nbs/13_baselines.ipynb #6746a233
 @patch
 def collect_batch(self: Baseline, j: int) -> dict: # numbers to log
     "Collect batch j and keep what `store` wants of it."
@@ -137,15 +143,15 @@ def collect_batch(self: Baseline, j: int) -> dict: # numbers to log
     self.store(found, j)
     winners, _, _ = ordered_pairs(found['rewards'], found['prompt'], 0)
     if j == 0 and not len(winners):
-        log.warning('%s gives all samples of each prompt the same reward: there is nothing to learn from yet',
-                    self.task.reward.name)
+        log.warning('%s gives all samples of each prompt the same reward: '
+                    'there is nothing to learn from yet', self.task.reward.name)
     row = dict(reward=float(found['rewards'].mean()))
     n = self.options.n_noises
     if not features.shape[1] or n < 2: return row
     groups = features.view(-1, n, features.shape[1])
     return row | dict(diversity=diversity(groups, self.task.world))
 
-# %% ../nbs/13_baselines.ipynb #2cb5e23f
+# %% ../nbs/13_baselines.ipynb #0cc58ecd
 @patch
 def remember(
     self: Baseline,
@@ -157,18 +163,20 @@ def remember(
         known = [self.batch[name]] if name in self.batch else []
         self.batch[name] = torch.cat([*known, rows])[-limit:]
 
+# %% ../nbs/13_baselines.ipynb #5855110d
 @patch
 def pick(self: Baseline, rows: torch.Tensor, *names) -> list[torch.Tensor]:
     "Return rows of the batch, on the generator's device."
     return [self.batch[name][rows].to(self.task.device) for name in names]
 
-# %% ../nbs/13_baselines.ipynb #d1d9cee6
+# %% ../nbs/13_baselines.ipynb #d36e217f
 @patch
 def draw(self: Baseline, k: int, i: int) -> dict:
     "Draw the rows of update i of round k, and the LCM loss's batch."
     drawn = self.draw_rows(k, i)
     return dict(drawn=drawn, lcm=self.draw_lcm(k, i) if self.options.c else None)
 
+# %% ../nbs/13_baselines.ipynb #b0e80255
 @patch
 def loss(self: Baseline, batch: dict, group: MicroGroup) -> tuple[torch.Tensor, dict]: # numbers to log
     "Return the micro-group's share of the method's loss and of c times the LCM loss."
@@ -178,12 +186,13 @@ def loss(self: Baseline, batch: dict, group: MicroGroup) -> tuple[torch.Tensor, 
     lcm = self.lcm(batch['lcm'], group)
     return loss+self.options.c*lcm, numbers | dict(lcm_loss=lcm)
 
-# %% ../nbs/13_baselines.ipynb #57cf408a
+# %% ../nbs/13_baselines.ipynb #2f3160b7
 @patch
 def state(self: Baseline) -> dict[str, torch.Tensor]:
     "Return all that a resumed run needs, by name."
     return Arm.state(self) | {f'batch.{name}': x for name, x in self.batch.items()}
 
+# %% ../nbs/13_baselines.ipynb #8361dd75
 @patch
 def restore(self: Baseline, tensors: dict # of `state`
            ):
@@ -192,13 +201,13 @@ def restore(self: Baseline, tensors: dict # of `state`
     batch = {name: x for name, x in tensors.items() if name.startswith('batch.')}
     self.batch = {name.removeprefix('batch.'): x.clone() for name, x in batch.items()}
 
-# %% ../nbs/13_baselines.ipynb #3d7fb91e
+# %% ../nbs/13_baselines.ipynb #db93b998
 def log_prob(
     x_next: torch.Tensor,   # where the sampler went, (B, C, h, w)
     denoised: torch.Tensor, # f at the state before, (B, C, h, w)
     t_next: int             # time of `x_next`
 ) -> torch.Tensor: # (B,)
-    "Return the log-likelihood of a step, averaged over the latent's elements (nbs/methods.ipynb, 3.1)."
+    "Return a step's log-likelihood, averaged over elements (nbs/methods.ipynb, 3.1)."
     alpha, sigma, *_ = coefficients(t_next, denoised)
     error = (x_next-alpha*denoised)/sigma
     density = -error.square()/2-sigma.log()-math.log(2*math.pi)/2
@@ -247,7 +256,7 @@ def ddpo_loss(
     clipped = ratio.clamp(1-clip_range, 1+clip_range)
     return torch.maximum(-advantages*ratio, -advantages*clipped)
 
-# %% ../nbs/13_baselines.ipynb #e0695f83
+# %% ../nbs/13_baselines.ipynb #16797e5e
 def ratio_numbers(
     log_ratio: torch.Tensor, # (B, ...)
     clip_range: float
@@ -255,10 +264,11 @@ def ratio_numbers(
     "Return ratio, approximate KL divergence and share of clipped steps."
     d = log_ratio.detach().flatten(1)
     ratio = d.exp()
-    outside = (ratio-1).abs() > clip_range
-    return dict(ratio=ratio.mean(1), approx_kl=d.square().mean(1)/2, clipfrac=outside.float().mean(1))
+    outside = ((ratio-1).abs() > clip_range).float()
+    kl = d.square()/2
+    return dict(ratio=ratio.mean(1), approx_kl=kl.mean(1), clipfrac=outside.mean(1))
 
-# %% ../nbs/13_baselines.ipynb #b7f2c356
+# %% ../nbs/13_baselines.ipynb #86fd4b7f
 class RLCM(Baseline):
     "DDPO for consistency models, official form (nbs/methods.ipynb, 3.1)."
     on_policy = True
@@ -271,6 +281,7 @@ class RLCM(Baseline):
         times = lcm_timesteps(self.task.num_steps)
         return list(zip(times, times[1:]+times[-1:]*self.dummy))
 
+# %% ../nbs/13_baselines.ipynb #0f197973
 class RLCMDropped(RLCM):
     "RLCM without the dummy last term."
     dummy = False
@@ -340,13 +351,14 @@ def reward_loss(
     numbers = ratio_numbers(new-old, self.clip_range())
     return loss, dict(policy_loss=loss) | {name: group.mean(v, n) for name, v in numbers.items()}
 
-# %% ../nbs/13_baselines.ipynb #5c97ed23
+# %% ../nbs/13_baselines.ipynb #939fbf74
 @patch
 def state(self: RLCM) -> dict[str, torch.Tensor]:
     "Return all that a resumed run needs, by name."
     known = {'tracker.prompt': self.tracker.prompt, 'tracker.rewards': self.tracker.rewards}
     return Baseline.state(self) | known
 
+# %% ../nbs/13_baselines.ipynb #c5b8655e
 @patch
 def restore(self: RLCM, tensors: dict # of `state`
            ):
@@ -365,14 +377,14 @@ def gors_weights(
     weights = (rewards-rewards.min())*kept
     return weights/weights[kept].mean() if weights.any() else kept.float()
 
-# %% ../nbs/13_baselines.ipynb #4a976711
+# %% ../nbs/13_baselines.ipynb #64712219
 class GORS(Baseline):
     "GORS-LCM: distillation on the model's own best samples (nbs/methods.ipynb, 3.5)."
     def store(self, found: dict, j: int):
-        kept = dict(latents=found['denoised'][:, -1], rewards=found['rewards'], prompt=found['prompt'])
-        self.remember(kept, self.options.buffer)
+        kept = {name: found[name] for name in ('rewards', 'prompt')}
+        self.remember(dict(latents=found['denoised'][:, -1]) | kept, self.options.buffer)
 
-# %% ../nbs/13_baselines.ipynb #fe2764b1
+# %% ../nbs/13_baselines.ipynb #2d264cdf
 @patch
 def draw_rows(self: GORS, k: int, i: int) -> dict:
     "Draw samples by weight, with times and noise."
@@ -383,7 +395,8 @@ def draw_rows(self: GORS, k: int, i: int) -> dict:
     rows = torch.multinomial(weights, n, replacement=True, generator=g)
     times, noise = draw_lcm_noise(n, t.noise_shape, g)
     if o.gors_form == 'x0':
-        times = torch.tensor(lcm_timesteps(t.num_steps))[torch.randint(t.num_steps, (n,), generator=g)]
+        visited = torch.tensor(lcm_timesteps(t.num_steps))
+        times = visited[torch.randint(t.num_steps, (n,), generator=g)]
     t.budget.forward(n, backward=True)
     if o.gors_form == 'lcm': t.budget.forward(3*n) # guided teacher, target
     return dict(rows=rows, times=times, noise=noise)

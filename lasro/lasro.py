@@ -46,13 +46,14 @@ def __call__(self: ScoreNormaliser, r: torch.Tensor # scores, (B,)
     if self.form == 'a': return ((r-mean)/(top-mean+1e-8)).clamp(max=1)
     return ((r-mean)/(std+1e-8)).clamp(-self.clip, self.clip)
 
-# %% ../nbs/12_lasro.ipynb #65375eb6
+# %% ../nbs/12_lasro.ipynb #8b2000e6
 @patch
 def statistics(self: ScoreNormaliser, scores: torch.Tensor) -> torch.Tensor: # (3,)
     "Return mean, maximum and standard deviation of scores, without gradient."
     d = scores.detach().float()
     return torch.stack([d.mean(), d.max(), d.std(correction=0)])
 
+# %% ../nbs/12_lasro.ipynb #b8c3f291
 @patch
 def set(self: ScoreNormaliser, scores: torch.Tensor # of the newest samples
        ):
@@ -67,14 +68,16 @@ def move(self: ScoreNormaliser, scores: torch.Tensor # of a finished update
     now = self.statistics(scores)
     self.stats = now if self.stats is None else torch.lerp(now, self.stats.to(now), self.decay)
 
-# %% ../nbs/12_lasro.ipynb #cbf179eb
+# %% ../nbs/12_lasro.ipynb #38cf232e
 class LaSRO(Arm):
     "Latent-space surrogate reward optimisation (nbs/methods.ipynb, 2)."
     def __init__(self, task: Task):
         super().__init__(task)
         o = self.options
         torch.manual_seed(task.seed) # the head's initial weights
-        network = make_surrogate(o.backbone, task.teacher, task.pipe.vae, lora_rank=o.surrogate_rank)
+        network = make_surrogate(
+            o.backbone, task.teacher, task.pipe.vae, lora_rank=o.surrogate_rank,
+            vision=task.vision)
         network = network.to(task.device)
         self.surrogate = Trained(task, network, o.surrogate_lr, betas=(.9, .99))
         self.share = .5 if o.backbone == 'unet' else 1. # cost of a pass, in passes of the UNet
@@ -89,7 +92,7 @@ def _step_weights(c1: float, c2: float, num_steps: int) -> dict[int, float]:
     weights = [c1]*(num_steps-1)+[c2]
     return {j: w for j, w in enumerate(weights) if w}
 
-# %% ../nbs/12_lasro.ipynb #6e4babcb
+# %% ../nbs/12_lasro.ipynb #0cc32c86
 @patch
 def _sample_steps(
     self: LaSRO,
@@ -102,8 +105,9 @@ def _sample_steps(
     out = []
     for b in t.batches(len(index)):
         cond = t.cond[index[b]]
-        z = self.generator(sample, t.pipe.unet, cond, noise[b], injected[:, b], t.num_steps).denoised
-        out.append(torch.stack(z, 1))
+        inputs = cond, noise[b], injected[:, b], t.num_steps
+        found = self.generator(sample, t.pipe.unet, *inputs)
+        out.append(torch.stack(found.denoised, 1))
     return out
 
 # %% ../nbs/12_lasro.ipynb #17dddccf
@@ -138,7 +142,14 @@ def explore(
     latents = t.gather(torch.cat(latents), n)
     return _step_by_step(latents, t.gather(rewards, n), index), t.gather(features, n).cpu()
 
-# %% ../nbs/12_lasro.ipynb #85c65ea0
+# %% ../nbs/12_lasro.ipynb #21715a74
+@patch
+def _known_prompts(self: LaSRO) -> torch.Tensor: # indices
+    "Return the prompts that the buffer holds, or all while it is empty."
+    if self.buffer.samples is None: return torch.arange(len(self.task.texts))
+    return self.buffer.samples.prompt.unique()
+
+# %% ../nbs/12_lasro.ipynb #34823038
 @patch
 def collect(
     self: LaSRO,
@@ -148,8 +159,7 @@ def collect(
     "Label samples of random prompts; after the first time only prompts that the buffer holds."
     t = self.task
     g = t.stream('collect', name)
-    known = torch.arange(len(t.texts))
-    if self.buffer.samples is not None: known = self.buffer.samples.prompt.unique()
+    known = self._known_prompts()
     prompt = known[torch.randperm(len(known), generator=g)[:n_prompts]]
     found, features = self.explore(prompt, g)
     t.budget.reward(len(found))
@@ -176,7 +186,20 @@ def _pairs_of(
     s = self.buffer.samples[rows.to(self.buffer.samples.prompt.device)]
     return pairs_within(s.rewards, s.prompt, s.step, o.pairs, o.min_gap, self.buffer.scale)
 
-# %% ../nbs/12_lasro.ipynb #1eac473c
+# %% ../nbs/12_lasro.ipynb #1a7117a7
+@patch
+def _deal_pairs(
+    self: LaSRO,
+    rows: torch.Tensor, # of the buffer, of an update
+    count: int          # micro-groups
+) -> dict: # parts and pairs of every micro-group, number of pairs
+    "Deal samples out to micro-groups and pair those of each."
+    parts = _deal_prompts(self.buffer.samples.prompt[rows], count)
+    pairs = [self._pairs_of(rows[part]) for part in parts]
+    n_pairs = sum(len(winners) for winners, _ in pairs)
+    return dict(parts=parts, pairs=pairs, n_pairs=n_pairs)
+
+# %% ../nbs/12_lasro.ipynb #08992419
 @patch
 def surrogate_batch(
     self: LaSRO,
@@ -190,10 +213,7 @@ def surrogate_batch(
     size = max(2, o.n_noises) if o.pairs == 'within' else o.n_noises
     rows, *_ = self.buffer.draw(o.groups, size, g, prompts, o.pairs)
     latents = octave_noise(self.buffer.samples.latents[rows], o.smooth, g)
-    parts = _deal_prompts(self.buffer.samples.prompt[rows], o.micro_groups)
-    pairs = [self._pairs_of(rows[part]) for part in parts]
-    n_pairs = sum(len(winners) for winners, _ in pairs)
-    return dict(rows=rows, latents=latents, parts=parts, pairs=pairs, n_pairs=n_pairs)
+    return dict(rows=rows, latents=latents) | self._deal_pairs(rows, o.micro_groups)
 
 # %% ../nbs/12_lasro.ipynb #8c918554
 @patch
@@ -284,7 +304,7 @@ def set_statistics(self: LaSRO, found: Labelled # the newest samples
     scores = self.score(found)
     for j, s in enumerate(self.normalise): s.set(scores[found.step == j])
 
-# %% ../nbs/12_lasro.ipynb #85a1bc30
+# %% ../nbs/12_lasro.ipynb #323909e2
 @patch
 def prepare(self: LaSRO) -> dict: # numbers to log
     "Label samples of the untouched model and pre-train the surrogate."
@@ -292,8 +312,8 @@ def prepare(self: LaSRO) -> dict: # numbers to log
     found, features = self.collect('pretrain', o.pretrain_prompts)
     self.buffer.add(found)
     if o.n_noises > 1 and not len(self.buffer.winners):
-        log.warning('%s gives all samples of each prompt the same reward: there is nothing to learn from yet',
-                    self.task.reward.name)
+        log.warning('%s gives all samples of each prompt the same reward: '
+                    'there is nothing to learn from yet', self.task.reward.name)
     losses = self.train_surrogate('pretrain', o.pretrain_steps)[-10:]
     self.set_statistics(found)
     row = dict(surrogate_loss=sum(losses)/max(1, len(losses)),

@@ -48,19 +48,25 @@ def main_runs(profile_name: str # 'smoke', 'quick' or 'lab'
     tuned = [RunSpec('lasro', r, s) for r in rewards for s in seeds]
     return [RunSpec('base'), *control, *tuned]
 
-# %% ../nbs/16_plan.ipynb #b640decf
+# %% ../nbs/16_plan.ipynb #ff6bdf21
 @dataclass(frozen=True)
 class Item:
     "A table or figure."
-    name: str # of the file, without its ending
-    page: str # notebook in nbs/paper/ that draws it
-    says: str # what it shows
+    name: str     # of the file, without its ending
+    notebook: str # in nbs/, that draws it
+    says: str     # what it shows
+    @property
+    def page(self) -> str | None:
+        "The name of the page in nbs/paper/, or None."
+        return self.notebook.removeprefix('paper/') if self.notebook.startswith('paper/') else None
 
 ITEMS = (
-    Item('tab_main', 'main', 'every arm and reward at 1 and 2 steps: reward, held-out reward, fidelity, difference to the base'),
-    Item('fig_curves', 'curves', 'the true reward on training prompts against reward calls, with the held-out reward and FID'),
-    Item('fig_grid', 'grids', 'the same prompts and noise before and after'),
-    Item('tab_cost', 'cost', 'reward calls, UNet passes, seconds and memory of each arm'),
+    Item('tab_main', 'paper/main', 'every arm and reward at 1 and 2 steps: reward, held-out reward, fidelity, difference to the base'),
+    Item('fig_curves', 'paper/curves', 'the true reward on training prompts against reward calls, with the held-out reward and FID'),
+    Item('fig_grid', 'paper/grids', 'the same prompts and noise before and after'),
+    Item('tab_cost', 'paper/cost', 'reward calls, UNet passes, seconds and memory of each arm'),
+    Item('tab_memory', 'sdxl/03_memory', 'peak memory of an update against the size of a micro-group, small SDXL'),
+    Item('fig_memory', 'sdxl/03_memory', 'the same as a picture'),
 )
 
 # %% ../nbs/16_plan.ipynb #f217028d

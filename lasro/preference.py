@@ -21,12 +21,12 @@ from .sampling import add_noise, denoise, lcm_timesteps
 from .surrogate import ordered_pairs
 from .task import MicroGroup, Task
 
-# %% ../nbs/14_preference.ipynb #357f7c1c
+# %% ../nbs/14_preference.ipynb #17d61990
 class Paired(Baseline):
     "An arm that learns from pairs of samples."
     def __init__(self, task: Task):
-        self.copy = None
-        if not task.options.lora_rank: self.copy = copy.deepcopy(task.pipe.unet).requires_grad_(False)
+        unet = task.pipe.unet
+        self.copy = None if task.options.lora_rank else copy.deepcopy(unet).requires_grad_(False)
         super().__init__(task)
     @contextmanager
     def reference(self):
@@ -60,14 +60,14 @@ def dpo_margin(
     "Return Diffusion-DPO's margin (nbs/methods.ipynb, 3.4)."
     return -beta/2*((won-lost)-(ref_won-ref_lost))
 
-# %% ../nbs/14_preference.ipynb #0d06d8a3
+# %% ../nbs/14_preference.ipynb #67016b3e
 class DiffusionDPO(Paired):
     "Diffusion-DPO on the model's own samples, at the sampler's times (nbs/methods.ipynb, 3.4)."
     def store(self, found: dict, j: int):
-        kept = dict(latents=found['denoised'][:, -1], rewards=found['rewards'], prompt=found['prompt'])
-        self.remember(kept, self.options.buffer)
+        kept = {name: found[name] for name in ('rewards', 'prompt')}
+        self.remember(dict(latents=found['denoised'][:, -1]) | kept, self.options.buffer)
 
-# %% ../nbs/14_preference.ipynb #2d5f9260
+# %% ../nbs/14_preference.ipynb #8e9db0bf
 @patch
 def draw_rows(self: DiffusionDPO, k: int, i: int) -> dict | None:
     "Draw pairs; both of a pair get one noise and one of the sampler's times."
@@ -76,7 +76,8 @@ def draw_rows(self: DiffusionDPO, k: int, i: int) -> dict | None:
     if pairs is None: return None
     n = pairs.shape[1]
     g = t.stream('dpo', k, i)
-    times = torch.tensor(lcm_timesteps(t.num_steps))[torch.randint(t.num_steps, (n,), generator=g)]
+    visited = torch.tensor(lcm_timesteps(t.num_steps))
+    times = visited[torch.randint(t.num_steps, (n,), generator=g)]
     noise = randn(n, *t.noise_shape, generator=g)
     t.budget.forward(2*n)
     t.budget.forward(2*n, backward=True)

@@ -20,7 +20,8 @@ from tqdm.auto import trange
 from .models import gathered, load_checkpoint, restore_training_state, save_checkpoint, training_state
 from .monitor import PROBE_EVERY, log_row, note_alarm, probe, save_metrics, snapshot
 from .sampling import denoise, draw_lcm_noise, lcm_loss, lcm_timesteps
-from .task import MicroGroup, Options, Task
+from .options import Options
+from .task import MicroGroup, Task
 
 log = logging.getLogger('lasro')
 

@@ -27,6 +27,7 @@ class World:
     scored: tuple[str, ...] = ()    # rewards that every evaluation measures
     features: Callable | None = None # images (B, 3, H, W) -> features (B, F) on the CPU
     reference_features: Callable | None = None # name of a stream -> features (n, F) of real images
+    vision: Callable | None = None # () -> vision tower, for the surrogate's backbones 'clip' and 'blip'
     def __repr__(self): return f'World({self.name!r})'
 
 # %% ../nbs/03_world.ipynb #1844478b

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from lasro.baselines import ddpo_loss, log_prob, reward_calls
 from lasro.finetune import ARMS, NO_REWARD, find_arm, finetune
 from lasro.models import load_pipeline
-from lasro.task import make_options, make_task
+from lasro.options import make_options
+from lasro.task import make_task
 from lasro.training import _note, checkpoint, train
 
 NAMES = ['lasro', 'rlcm', 'rlcm-dropped', 'diffusion_dpo', 'pso', 'gors_lcm', 'reward_guided', 'direct']

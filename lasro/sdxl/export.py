@@ -16,12 +16,11 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-# %% ../../nbs/sdxl/04_export.ipynb #860ca7f8
+# %% ../../nbs/sdxl/04_export.ipynb #457c1c5e
 from ..core import atomic_path, generator, show_images
 from ..models import Conditioning, adapter_layers, adapters_off, latent_shape
 from ..sampling import draw_noise, generate
-from .sources import LORA_FILE, FewStep, ModelSource, _from_pretrained_kwargs
-from .sources import load_pipeline_parts, load_unet
+from .sources import LORA_FILE, FewStep, ModelSource, load_pipeline_parts, load_unet, read_lora
 
 # %% ../../nbs/sdxl/04_export.ipynb #a49b5c7a
 @torch.no_grad()
@@ -87,12 +86,12 @@ def _peft_names(weights: dict) -> dict:
         return weights
     return convert_unet_state_dict_to_peft(weights)
 
-# %% ../../nbs/sdxl/04_export.ipynb #c0a8e97a
-def file_factors(where: str # a folder or hub id of a LoRA
+# %% ../../nbs/sdxl/04_export.ipynb #32cad8e9
+def file_factors(where: str, # a folder or hub id of a LoRA
+                 unet: UNet2DConditionModel # that it is for
                 ) -> dict[str, tuple]: # layer: (down, up)
     "Return the factors of a LoRA file."
-    kwargs = _from_pretrained_kwargs(where, 'lora') | dict(weight_name=LORA_FILE)
-    weights, alphas = StableDiffusionXLPipeline.lora_state_dict(where, **kwargs)
+    weights, alphas = read_lora(where, unet)
     named = {}
     for name, alpha in (alphas or {}).items():
         named[name.removeprefix('unet.').removesuffix('.alpha')] = alpha
@@ -110,13 +109,13 @@ def join_factors(first: dict, second: dict) -> dict[str, tuple]: # layer: (down,
         joined[layer] = down, up
     return joined
 
-# %% ../../nbs/sdxl/04_export.ipynb #f0f09152
+# %% ../../nbs/sdxl/04_export.ipynb #19cbe95d
 def export_factors(model: FewStep) -> dict[str, tuple]: # layer: (down, up)
     "Return what turns the source's UNet into the tuned one."
     tuned = adapter_factors(model.pipe.unet)
     if not model.source.lora:
         return tuned
-    return join_factors(file_factors(model.source.lora), tuned)
+    return join_factors(file_factors(model.source.lora, model.pipe.unet), tuned)
 
 # %% ../../nbs/sdxl/04_export.ipynb #06aa4953
 _SLOTS = dict(resnets=0, attentions=1, upsamplers=2)

@@ -83,16 +83,16 @@ class PeakTracker(MemTracker):
                     found[name] += size/2**30
         return found
 
-# %% ../../nbs/sdxl/03_memory.ipynb #990e0daa
+# %% ../../nbs/sdxl/03_memory.ipynb #4659c50d
 def _make_optimizer(networks: list[nn.Module]) -> torch.optim.Optimizer | None:
     "Return AdamW on all trained weights, with states and gradients in place."
     trained = [p for network in networks for p in network.parameters() if p.requires_grad]
     if not trained:
         return None
-    optimizer = torch.optim.AdamW(trained, 1e-4, foreach=True)
+    optimizer = torch.optim.AdamW(trained, 1e-4)
     for p in trained:
         p.grad = torch.zeros_like(p)
-    optimizer.step()
+        optimizer.state[p] = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return optimizer
 
 # %% ../../nbs/sdxl/03_memory.ipynb #cb653fed

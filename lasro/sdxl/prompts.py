@@ -198,8 +198,8 @@ def _missing_pictures(texts: list[str], folder: Path, protocol: Protocol) -> lis
                 missing.append((index, protocol.seed+k, path))
     return missing
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #83c83972
-def _named_noise(seed: int, text: str, num_steps: int, model: FewStep) -> tuple: # as of `draw_noise`
+# %% ../../nbs/sdxl/02_prompts.ipynb #547bc5fc
+def _named_noise(model: FewStep, text: str, seed: int, num_steps: int) -> tuple:
     "Draw the noise of one picture."
     stream = generator(seed, 'protocol', text)
     return draw_noise(1, num_steps, stream, latent_shape(model.pipe), model.device)
@@ -220,7 +220,7 @@ def save_picture(image: torch.Tensor, # (3, H, W) in [0, 1]
     with atomic_path(path) as tmp:
         Image.fromarray(pixels.numpy()).save(tmp, format='PNG')
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #8b97590c
+# %% ../../nbs/sdxl/02_prompts.ipynb #372e55a3
 def draw_protocol(model: FewStep,
                   cond: Conditioning,  # of `texts`
                   texts: list[str],
@@ -236,7 +236,7 @@ def draw_protocol(model: FewStep,
     missing = _missing_pictures(texts, folder, protocol)
     for start in range(0, len(missing), batch_size):
         indices, seeds, paths = zip(*missing[start:start+batch_size])
-        noises = [_named_noise(seed, texts[i], num_steps, model) for i, seed in zip(indices, seeds)]
+        noises = [_named_noise(model, texts[i], seed, num_steps) for i, seed in zip(indices, seeds)]
         images = _draw(model, cond[torch.tensor(indices)], noises, num_steps)
         for image, path in zip(images, paths):
             save_picture(image, path)

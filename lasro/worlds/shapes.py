@@ -38,10 +38,9 @@ COMBOS = list(product(range(len(COLOURS)), range(len(SHAPES)))) # (colour, shape
 HELD_OUT = [(c, s) for c, s in COMBOS if (c+s) % 4 == 0]
 SEEN = [combo for combo in COMBOS if combo not in HELD_OUT]
 
-# %% ../../nbs/worlds/01_shapes.ipynb #c789ab57
-def grid(n: int = IMAGE_SIZE, # width in pixels
-        ) -> tuple[torch.Tensor, torch.Tensor]: # x and y, (n, n) each, y pointing down
-    "Return the centres of all pixels of a square picture."
+# %% ../../nbs/worlds/01_shapes.ipynb #ccf7ec2d
+def grid(n: int = IMAGE_SIZE) -> tuple[torch.Tensor, torch.Tensor]: # x and y (down), (n, n) each
+    "Return the centres of all pixels of a square picture that is `n` pixels wide."
     centres = torch.arange(n)+.5
     return centres[None, :].expand(n, n), centres[:, None].expand(n, n)
 
@@ -159,7 +158,7 @@ def _reach(shape: torch.Tensor, large: torch.Tensor) -> torch.Tensor: # pixels
     "Return how far each thing reaches; 0 for missing things."
     return (1.35*_radius(large)).masked_fill(shape < 0, 0)
 
-# %% ../../nbs/worlds/01_shapes.ipynb #0d2bbf8a
+# %% ../../nbs/worlds/01_shapes.ipynb #d3608b72
 def sample_scenes(
     n: int, # scenes
     generator: torch.Generator,
@@ -168,7 +167,8 @@ def sample_scenes(
     three_things: float = THREE_THINGS, # share of attribute scenes that have three
 ) -> Scenes:
     "Draw random scenes; in a `count` scene all things also have one size."
-    if kind not in KINDS: raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     draw = lambda *size: torch.rand(size, generator=generator)
     colour, shape = _draw_things(kind, combos, n, generator, three_things)
     large = draw(n, 3) < .5
@@ -187,11 +187,11 @@ def _turned_axes(angle: torch.Tensor, # (B, 1, 1) turns, 0 to 1
     sin = (2*math.pi*angle).sin()
     return x*cos + y*sin, y*cos - x*sin
 
-# %% ../../nbs/worlds/01_shapes.ipynb #5e87254c
+# %% ../../nbs/worlds/01_shapes.ipynb #d9f1cd8e
 def _ground_patterns(angle: torch.Tensor, # (B, 1, 1), like the next two in [0, 1]
                      freq: torch.Tensor,
                      phase: torch.Tensor,
-                    ) -> torch.Tensor: # (5, B, 32, 32) within about -1 to 1, in the order of `TEXTURES`
+                    ) -> torch.Tensor: # (5, B, 32, 32) within about -1 to 1, as `TEXTURES`
     "Return every pattern for every scene."
     wave = lambda t, f: (2*math.pi*(f*t+phase)).sin()
     u, v = _turned_axes(angle)
@@ -257,15 +257,13 @@ OPENINGS = (
     '', '', '', 'a picture of ', 'an image with ', 'a photo of ', 'a drawing of ',
     'there is ', 'we see ', 'here is ')
 
-# %% ../../nbs/worlds/01_shapes.ipynb #ebf9f0d4
+# %% ../../nbs/worlds/01_shapes.ipynb #f8e9e5f6
 RELATIONS = { # words: (dx, dy), y pointing down
     'to the left of': (-1, 0), 'left of': (-1, 0), 'to the right of': (1, 0), 'right of': (1, 0),
     'above': (0, -1), 'over': (0, -1), 'below': (0, 1), 'under': (0, 1)}
 
-def relation_between(dx: float, # pixels, from the second thing to the first
-                     dy: float,
-                    ) -> tuple[int, int]: # (dx, dy) as in `RELATIONS`
-    "Return the main direction."
+def relation_between(dx: float, dy: float) -> tuple[int, int]: # (dx, dy) as in `RELATIONS`
+    "Return the main direction of an offset in pixels, from the second thing to the first."
     if abs(dx) >= abs(dy): return int(math.copysign(1, dx)), 0
     return 0, int(math.copysign(1, dy))
 
@@ -395,7 +393,7 @@ def _pool(
     for other in SPLITS[SPLITS.index(split)+1:]: later.update(_pool(other, combos, kind))
     return tuple(text for text in texts if text not in later)
 
-# %% ../../nbs/worlds/01_shapes.ipynb #2c48724b
+# %% ../../nbs/worlds/01_shapes.ipynb #17375611
 def prompts(
     split: str, # 'train', 'validation' or 'test'
     n: int, # how many
@@ -403,9 +401,10 @@ def prompts(
     kind: str = 'attribute', # one of `KINDS`
 ) -> list[str]:
     "Return the first `n` prompts of a split; raises ValueError if there are fewer."
-    if split not in SPLITS: raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if split == 'train' and combos == 'held_out':
-        raise ValueError('no training prompt names a held-out combination: use seen, or another split')
+        raise ValueError('no training prompt names a held-out combination: ask for seen ones')
     pool = _pool(split, combos, kind)
     if n > len(pool):
         raise ValueError(f'{split} has {len(pool)} {combos} {kind} prompts, not {n}: ask for fewer')
@@ -437,10 +436,8 @@ def _set_thing(scenes: Scenes, i: int, k: int, phrase: Phrase):
     scenes.colour[i, k] = COLOUR_NAMES.index(phrase.colour)
     if phrase.size: scenes.large[i, k] = phrase.size == 'large'
 
-# %% ../../nbs/worlds/01_shapes.ipynb #f1e91821
-def scenes_of(texts: list[str], # prompts
-              generator: torch.Generator,
-             ) -> Scenes: # one for each prompt
+# %% ../../nbs/worlds/01_shapes.ipynb #3d9ec376
+def scenes_of(texts: list[str], generator: torch.Generator) -> Scenes: # one for each prompt
     "Draw a scene for each prompt, with the things and the relation that it names."
     scenes = sample_scenes(len(texts), generator)
     scenes.shape.fill_(-1)

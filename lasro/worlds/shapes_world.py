@@ -19,7 +19,7 @@ from .networks import FeatureNet
 from .shapes import HELD_OUT, KINDS, PROMPT_THREE_THINGS, SEEN, Scenes
 from .shapes import cat_scenes, leave_out, prompts, render, sample_scenes, scenes_of
 from .shapes_rewards import FOLDER, attribute_binding, clip_score, count
-from .shapes_rewards import image_reward, relation, text_alignment
+from .shapes_rewards import image_reward, load_clip, relation, text_alignment
 
 # %% ../../nbs/worlds/04_shapes_world.ipynb #29090d96
 LEFT_OUT = .55 # share of the scenes with several things that lack one
@@ -79,9 +79,14 @@ _REWARDS = (image_reward, attribute_binding, text_alignment, clip_score, relatio
 _SCORED = ('image_reward', 'attribute_binding', 'text_alignment', 'clip_score', 'compressibility')
 
 # %% ../../nbs/worlds/04_shapes_world.ipynb #7dbcb297
+def _vision_tower():
+    "Return the vision tower of the embedded CLIP."
+    return load_clip()[2]
+
 SHAPES = World(
     'shapes', folder=FOLDER,
     prompts=prompts, kinds=KINDS,
     rewards={factory.__name__: factory for factory in _REWARDS}, scored=_SCORED,
     lcm_data=rendered_data, guidance_scale=DISTILL_GUIDANCE,
-    features=features_of, reference_features=_reference_features)
+    features=features_of, reference_features=_reference_features,
+    vision=_vision_tower)
