@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import warnings
 
-_FRONT = dict(finetune='finetune', load_pipeline='models', load_reward='rewards', load_world='world') # name: module it comes from
+_FRONT = dict(finetune='finetuning', load_pipeline='models', load_reward='rewards', load_world='world') # name: module it comes from
 
 
 def __getattr__(name):

@@ -29,15 +29,21 @@ from .task import Task
 
 log = logging.getLogger('lasro')
 
-# %% ../nbs/10_monitor.ipynb #b4c1dd56
+# %% ../nbs/10_monitor.ipynb #83a5b22f
 @dataclass(frozen=True)
 class HackingAlarm:
     "Signs of reward hacking in the rows of a run. A sign whose numbers are missing is skipped."
     rounds: int = 8            # that the rank correlation is averaged over
     least_rank: float = .05    # least mean rank correlation
     probes: int = 3            # that held-out reward and FID are averaged over
-    held_out_loss: float = 1.2 # of the held-out reward beyond the gain of the trained one, in deviations
+    held_out_loss: float = 1.2 # of the held-out reward beyond the other's gain, in deviations
     fid_rise: float = 3.       # of the probe's FID, as a multiple of the first one
+
+# %% ../nbs/10_monitor.ipynb #7f1b7662
+def _as_rows(metrics: list[dict] | pd.DataFrame) -> list[dict]:
+    "Return rows without the numbers that were not measured."
+    if not isinstance(metrics, pd.DataFrame): return metrics
+    return [row.dropna().to_dict() for _, row in metrics.iterrows()]
 
 # %% ../nbs/10_monitor.ipynb #e187b5e2
 @patch
@@ -72,20 +78,15 @@ def held_out_check(self: HackingAlarm, first: dict, last: list[dict]) -> str:
     seen = f'held-out reward changed by {change:+.2f} deviations, the trained one by {won:+.2f}'
     return f'{seen}: lower c2 or lr, stop earlier, or train on both rewards'
 
-# %% ../nbs/10_monitor.ipynb #79a6005c
+# %% ../nbs/10_monitor.ipynb #6e0d0d34
 @patch
 def fid_check(self: HackingAlarm, first: dict, last: list[dict]) -> str:
     "Check that the pictures still look like the world's."
     found = [r['probe_fid'] for r in last if 'probe_fid' in r]
     bound = self.fid_rise*first.get('probe_fid', math.inf)
     if not found or np.mean(found) <= bound: return ''
-    return f"FID rose from {first['probe_fid']:.2f} to {np.mean(found):.2f}: lower c2 or lr, or raise c"
-
-# %% ../nbs/10_monitor.ipynb #7f1b7662
-def _as_rows(metrics: list[dict] | pd.DataFrame) -> list[dict]:
-    "Return rows without the numbers that were not measured."
-    if not isinstance(metrics, pd.DataFrame): return metrics
-    return [row.dropna().to_dict() for _, row in metrics.iterrows()]
+    seen = f"FID rose from {first['probe_fid']:.2f} to {np.mean(found):.2f}"
+    return f'{seen}: lower c2 or lr, or raise c'
 
 # %% ../nbs/10_monitor.ipynb #ebb96c49
 @patch

@@ -42,9 +42,9 @@ def _problem(f, value) -> str | None:
     if high is not None and value > high: return f'is too large: give at most {high}'
     if choices and value not in choices: return f'is unknown: choose one of {choices}'
 
-# %% ../nbs/09_options.ipynb #d55b2a47
+# %% ../nbs/09_options.ipynb #c0bad8cb
 def check_options(options):
-    "Raise ValueError for the first option whose type or range is wrong. An int may stand for a float."
+    "Raise ValueError for the first option of a wrong type or range. An int may stand for a float."
     for f in fields(options):
         value = getattr(options, f.name)
         if f.type is float and type(value) is int: value = float(value)
@@ -52,7 +52,7 @@ def check_options(options):
         if problem: raise ValueError(f'{f.name}={value!r} {problem}')
         object.__setattr__(options, f.name, value)
 
-# %% ../nbs/09_options.ipynb #4a3940ee
+# %% ../nbs/09_options.ipynb #8a2f2813
 @dataclass(frozen=True, repr=False)
 class Options:
     "What can be chosen in a run. Not stated in the paper unless the comment says so."
@@ -88,7 +88,7 @@ class Options:
     smooth: float = option(.25, 0.)           # deviation of the noise on latents in its updates
     buffer: int = option(4096, 1)             # labelled latents kept
     online: bool = option(True)               # keep training it after the first round
-    off_policy: bool = option(True)           # new initial noises, not only new injected ones; stated
+    off_policy: bool = option(True)           # new initial noises, not only new injected; stated
     # the machine
     micro_groups: int = option(1, 1)          # parts of every batch, dealt out to the processes
     sample_batch: int = option(0, 0)          # samples made at once without gradient; 0: all
@@ -97,12 +97,13 @@ class Options:
     # what is watched
     probe_prompts: int = option(256, 0)       # training prompts behind the curve; 0 draws no curve
     stop_on_alarm: bool = option(False)       # end the run at the first sign of reward hacking
-    snapshot_every: int = option(5, 0)        # rounds between sample grids and weights; 0 keeps none
+    snapshot_every: int = option(5, 0)        # rounds between snapshots; 0 keeps none
     log_with: str = option('', choices=('', 'tensorboard', 'trackio', 'wandb')) # beside metrics.csv
     def __post_init__(self):
         check_options(self)
         if self.micro_groups > self.batch_size:
-            raise ValueError(f'micro_groups={self.micro_groups} is more than batch_size={self.batch_size}')
+            n = self.batch_size
+            raise ValueError(f'micro_groups={self.micro_groups} is more than batch_size={n}')
 
 # %% ../nbs/09_options.ipynb #52bb9ad2
 @patch
@@ -188,14 +189,16 @@ def paused(self: Budget):
     try: yield
     finally: self.started += time.monotonic()-start
 
-# %% ../nbs/09_options.ipynb #5544064b
+# %% ../nbs/09_options.ipynb #41360084
 @patch
 def record(self: Budget) -> dict:
     "Return what was spent until now, earlier processes of the same run included."
     seconds = self.wall_s + time.monotonic()-self.started
     megabytes = max(self.peak_mb, peak_memory())
-    return dict(reward_calls=self.reward_calls, wall_s=round(seconds, 3), peak_mb=round(megabytes, 1),
-                forward_equivalents=round(self.forward_equivalents, 1))
+    return dict(reward_calls=self.reward_calls,
+                forward_equivalents=round(self.forward_equivalents, 1),
+                wall_s=round(seconds, 3),
+                peak_mb=round(megabytes, 1))
 
 # %% ../nbs/09_options.ipynb #4a671e07
 @patch

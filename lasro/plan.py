@@ -14,7 +14,7 @@ import torch
 
 from .core import ROOT, Profile, is_finished, load_json, profile, run_dir
 from .evaluation import eval_set, evaluate, load_rewards, write_eval
-from .finetune import ARMS, NO_REWARD, Run, finetune
+from .finetuning import ARMS, NO_REWARD, Run, finetune
 from .models import load_pipeline, load_teacher
 from .rewards import load_reward
 from .world import World, load_world

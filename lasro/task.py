@@ -56,7 +56,7 @@ def _forget_earlier_run():
     AcceleratorState._reset_state(reset_partial_state=not connected)
     GradientState._reset_state()
 
-# %% ../nbs/09_task.ipynb #3112d413
+# %% ../nbs/09_task.ipynb #79d786df
 def make_accelerator(
     device: torch.device,        # of the pipeline
     micro_groups: int = 1,       # parts of a batch
@@ -68,6 +68,8 @@ def make_accelerator(
     _forget_earlier_run()
     accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=mixed_precision,
                               log_with=log_with or None, project_dir=project_dir)
+    if log_with and not accelerator.log_with:
+        raise ValueError(f'log_with={log_with!r} is not installed: pip install {log_with}')
     n = accelerator.num_processes
     if micro_groups % n:
         raise ValueError(f'micro_groups={micro_groups} for {n} processes: give a multiple of {n}')
@@ -79,7 +81,7 @@ def process_device(pipe) -> torch.device:
     if pipe.device.type == 'cpu': return pipe.device
     return PartialState().device
 
-# %% ../nbs/09_task.ipynb #a2bef9b3
+# %% ../nbs/09_task.ipynb #8f8d0651
 @dataclass(repr=False)
 class Task:
     "Everything an arm may use."
@@ -88,7 +90,7 @@ class Task:
     reward: Reward | None           # None for an arm that uses none
     texts: list[str]                # training prompts
     cond: Conditioning              # of `texts`
-    data: tuple[torch.Tensor, torch.Tensor] # of the LCM loss: clean latents (M, C, h, w), prompt of each (M,)
+    data: tuple[torch.Tensor, torch.Tensor] # of the LCM loss: latents (M, C, h, w), prompt of each (M,)
     options: Options
     seed: int
     accelerator: Accelerator
@@ -125,15 +127,15 @@ def sampled_data(
     latents = [sample(pipe, cond[i], noise[i], injected[:, i], 4).final for i in batches]
     return torch.cat(latents), index
 
-# %% ../nbs/09_task.ipynb #4e113606
+# %% ../nbs/09_task.ipynb #5fd8b562
 @dataclass
 class Inputs:
     "What a run may be given besides pipeline, reward and prompts."
     teacher: nn.Module | None = None    # the many-step UNet; None takes the world's
-    data: tuple | None = None           # of the LCM loss; None takes the world's, or samples the model
+    data: tuple | None = None           # of the LCM loss; None takes the world's, else the model's
     cond: Conditioning | None = None    # of the prompts; None encodes them
     world: str | World = 'shapes'
-    held_out: object = None             # a reward to watch; None takes the one that the reward names
+    held_out: object = None             # a reward to watch; None takes the one the reward names
     guidance_scale: float | None = None # of the teacher in the LCM loss; None takes the world's
     in_place: bool = False              # tune `pipe.unet` itself instead of a copy
     before_record: object = None        # called with the Run before its record is written
@@ -151,16 +153,16 @@ def _load_rewards(
     if held_out is None and reward and world.folder: held_out = reward.held_out
     return reward, load_reward(held_out, device, world) if held_out else None
 
-# %% ../nbs/09_task.ipynb #86d2b692
+# %% ../nbs/09_task.ipynb #33e604b2
 def _find_teacher(inputs: Inputs, world: World, device) -> nn.Module:
     "Return the given teacher or the world's."
     if inputs.teacher is not None: return inputs.teacher
     if world.folder is None:
-        raise ValueError(f'world {world.name!r} has no teacher of its own: give teacher=, a many-step UNet')
+        raise ValueError(f'world {world.name!r} has no teacher: give teacher=, a many-step UNet')
     return load_teacher(world.folder, device)
 
-# %% ../nbs/09_task.ipynb #ca5ee13d
-def _find_data(inputs: Inputs, world: World, pipe, texts, cond) -> tuple[torch.Tensor, torch.Tensor]:
+# %% ../nbs/09_task.ipynb #8c439406
+def _find_data(inputs: Inputs, world: World, pipe, texts, cond) -> tuple: # latents, prompt of each
     "Return the given data of the LCM loss, the world's, or samples of the model."
     if inputs.data: latents, index = inputs.data
     elif world.lcm_data: latents, index = world.lcm_data(pipe, texts)
@@ -186,12 +188,13 @@ def _trainable_pipeline(
     tuned.set_progress_bar_config(disable=True)
     return tuned
 
-# %% ../nbs/09_task.ipynb #032576d2
+# %% ../nbs/09_task.ipynb #d3e6053b
 def _run_accelerator(pipe, o: Options, project_dir) -> Accelerator:
-    "Return the Accelerator of a run. Raises ValueError if FSDP shall shard a network with an adapter."
-    accelerator = make_accelerator(pipe.device, o.micro_groups, o.mixed_precision, o.log_with, project_dir)
+    "Return the Accelerator of a run. Raises ValueError if FSDP shall shard an adapter."
+    accelerator = make_accelerator(pipe.device, o.micro_groups, o.mixed_precision,
+                                   o.log_with, project_dir)
     if accelerator.is_fsdp2 and (o.lora_rank or o.surrogate_rank):
-        raise ValueError('FSDP shards full tuning: set lora_rank=0 and surrogate_rank=0, or launch DDP')
+        raise ValueError('FSDP shards full tuning only: set lora_rank and surrogate_rank to 0')
     return accelerator
 
 # %% ../nbs/09_task.ipynb #7ccd9198
@@ -316,16 +319,16 @@ def _results(futures: list[Future] # one per sampling step
     "Wait for the rewards of a batch."
     return torch.stack([future.result()[0] for future in futures], 1)
 
-# %% ../nbs/09_task.ipynb #6c560807
+# %% ../nbs/09_task.ipynb #7a9cd5a3
 @patch
-def _submit(self: Task, latents: torch.Tensor, texts: list[str]) -> tuple[list[Future], torch.Tensor]:
+def _submit(self: Task, latents: torch.Tensor, texts: list[str]) -> tuple:
     "Decode a batch (B, steps, C, h, w) and submit every step; return futures and features."
     labels = [label(self.pipe.vae, z, texts, self.reward) for z in latents.unbind(1)]
     return [future for future, _ in labels], self.features(labels[-1][1])
 
-# %% ../nbs/09_task.ipynb #866b14c1
+# %% ../nbs/09_task.ipynb #ea7294a6
 @patch
-def _score(self: Task, latents: list[torch.Tensor], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(self: Task, latents: list[torch.Tensor], texts: list[str]) -> tuple: # rewards, features
     "Score all batches of this process."
     ends = torch.tensor([0]+[len(z) for z in latents]).cumsum(0).tolist()
     submitted = [self._submit(z, texts[a:b]) for z, a, b in zip(latents, ends, ends[1:])]

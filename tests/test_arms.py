@@ -11,7 +11,7 @@ from conftest import PROMPTS, ROOT, indifferent, redness, without_clock
 from safetensors.torch import load_file
 
 from lasro.baselines import ddpo_loss, log_prob, reward_calls
-from lasro.finetune import ARMS, NO_REWARD, find_arm, finetune
+from lasro.finetuning import ARMS, NO_REWARD, find_arm, finetune
 from lasro.models import load_pipeline
 from lasro.options import make_options
 from lasro.task import make_task
@@ -36,7 +36,7 @@ def equal(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True)
 
 def test_the_table_is_explicit():
     assert set(NAMES) < set(ARMS) and set(NO_REWARD) < set(ARMS)
-    code = "from lasro import finetune; from lasro.finetune import ARMS; print('rlcm' in ARMS)"
+    code = "from lasro import finetune; from lasro.finetuning import ARMS; print('rlcm' in ARMS)"
     assert 'True' in subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout
 
 

@@ -14,7 +14,7 @@ from conftest import PROMPTS, redness
 from safetensors.torch import load_file
 
 from lasro.core import check_writable
-from lasro.finetune import finetune
+from lasro.finetuning import finetune
 
 SMALL = dict(profile='smoke', snapshot_every=0)
 

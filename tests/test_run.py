@@ -87,7 +87,7 @@ def test_the_log_is_quiet(finished):
 
 def test_a_run_can_be_watched(pipe, tmp_path):
     "Files are there after the first round, and tensorboard has curves and pictures."
-    from lasro.finetune import finetune
+    from lasro.finetuning import finetune
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     seen = []
 
@@ -105,9 +105,9 @@ def test_a_run_can_be_watched(pipe, tmp_path):
 
 
 def test_the_readme_trains_with_your_own_reward(tmp_path, monkeypatch):
-    import lasro.finetune
-    small = partial(lasro.finetune.finetune, profile='smoke', outer_steps=1)
-    monkeypatch.setattr(lasro.finetune, 'finetune', small)
+    import lasro.finetuning
+    small = partial(lasro.finetuning.finetune, profile='smoke', outer_steps=1)
+    monkeypatch.setattr(lasro.finetuning, 'finetune', small)
     monkeypatch.chdir(tmp_path)
     cells = json.loads((ROOT/'nbs'/'index.ipynb').read_text())['cells']
     exec('\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code'), {})

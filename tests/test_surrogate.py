@@ -8,7 +8,7 @@ import torch
 from conftest import PROMPTS, redness
 
 from lasro.core import generator, randn
-from lasro.finetune import finetune
+from lasro.finetuning import finetune
 from lasro.models import decode, encode_prompts, load_teacher
 from lasro.monitor import HackingAlarm
 from lasro.surrogate import BACKBONES, frozen, make_surrogate, ordered_pairs, rank_accuracy, surrogate_loss

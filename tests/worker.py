@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from lasro import lasro as lasro_arm
 from lasro import task
-from lasro.finetune import finetune
+from lasro.finetuning import finetune
 from lasro.models import load_pipeline
 from lasro.worlds.shapes_world import SHAPES
 

@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -32,8 +33,18 @@ def run(notebook: Path, out: Path, parameters: dict):
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [here, os.environ.get('PYTHONPATH')]))
     os.environ['PYTHONWARNINGS'] = 'ignore'
     printed = Printed(out.stem)
-    papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False,
-                               stdout_file=printed, stderr_file=printed)
+    with tempfile.TemporaryDirectory() as settings:
+        os.environ['IPYTHONDIR'] = quiet_kernel(Path(settings))
+        papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False,
+                                   stdout_file=printed, stderr_file=printed)
+
+
+def quiet_kernel(folder: Path) -> str:
+    "Write settings with which the kernel logs errors only, and return their folder."
+    profile = folder/'profile_default'
+    profile.mkdir(parents=True)
+    (profile/'ipython_kernel_config.py').write_text('c.IPKernelApp.log_level = 40\n')
+    return str(folder)
 
 
 class Printed:
@@ -41,8 +52,7 @@ class Printed:
     def __init__(self, name: str): self.name = name
     def flush(self): pass
     def write(self, text: str):
-        for line in filter(str.strip, text.splitlines()):
-            if 'TCP without encryption' not in line: print(f'{self.name}: {line.rstrip()}', flush=True)
+        for line in filter(str.strip, text.splitlines()): print(f'{self.name}: {line.rstrip()}', flush=True)
 
 
 def main():

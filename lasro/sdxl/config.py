@@ -18,9 +18,9 @@ from typing import get_args
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/sdxl/05_config.ipynb #b528d95c
+# %% ../../nbs/sdxl/05_config.ipynb #372cb79c
 from ..core import is_finished, pick_device
-from ..finetune import NO_REWARD, find_arm
+from ..finetuning import NO_REWARD, find_arm
 from ..rewards import Reward
 from .export import export_run
 from .memory import MemorySetting
@@ -31,7 +31,7 @@ from .sources import model_source, weights_dtype
 from ..options import Options, make_options
 from ..task import sampled_data
 
-# %% ../../nbs/sdxl/05_config.ipynb #2f96cab8
+# %% ../../nbs/sdxl/05_config.ipynb #697799cd
 @dataclass
 class SDXLConfig:
     "Describe one run at full size."
@@ -51,7 +51,7 @@ class SDXLConfig:
     held_out: str = ''                  # a reward that is only watched
     held_out_options: dict = field(default_factory=dict)
     prompts: str = ''                   # a prompt file; '' takes a few that are built in
-    arm: str = 'lasro'                  # one of `lasro.finetune.ARMS`
+    arm: str = 'lasro'                  # one of `lasro.finetuning.ARMS`
     num_steps: int = 2                  # sampling steps trained for, 1 to 4
     seed: int = 0
     out: str = ''                       # folder of the run; '' keeps nothing

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_COLUMNS', 'HPS_STYLES', 'BUILT_IN_PROMPTS', 'PROTOCOLS', 'INCEPTION_FILE', 'read_prompt_set',
-           'split_encodable', 'Protocol', 'find_protocol', 'picture_path', 'save_picture', 'draw_protocol',
-           'load_inception', 'folder_statistics', 'folder_fid']
+           'split_encodable', 'Protocol', 'find_protocol', 'draw_protocol', 'load_inception', 'folder_statistics',
+           'folder_fid']
 
 # %% ../../nbs/sdxl/02_prompts.ipynb #b3c3842e
 import json
@@ -181,19 +181,19 @@ def find_protocol(name: str) -> Protocol:
         raise ValueError(f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #aeb61583
-def picture_path(folder: Path, text: str, number: int) -> Path:
+# %% ../../nbs/sdxl/02_prompts.ipynb #afda4b25
+def _picture_path(folder: Path, text: str, number: int) -> Path:
     "Return where a picture is written, named as T2I-CompBench's scripts read it."
     safe = re.sub(r'[/\0]', ' ', text)[:150]
     return Path(folder)/f'{safe}_{number:06d}.png'
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #ec7ed0f5
+# %% ../../nbs/sdxl/02_prompts.ipynb #edd0d1be
 def _missing_pictures(texts: list[str], folder: Path, protocol: Protocol) -> list[tuple]:
     "List the prompt index, the seed and the path of each picture that is not there."
     missing = []
     for index, text in enumerate(texts):
         for k in range(protocol.per_prompt):
-            path = picture_path(folder, text, index*protocol.per_prompt+k)
+            path = _picture_path(folder, text, index*protocol.per_prompt+k)
             if not path.exists():
                 missing.append((index, protocol.seed+k, path))
     return missing
@@ -212,15 +212,15 @@ def _draw(model: FewStep, cond: Conditioning, noises: list, num_steps: int) -> t
     with model.autocast():
         return generate(model.pipe, cond, noise, injected, num_steps)
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #74fdc9c9
-def save_picture(image: torch.Tensor, # (3, H, W) in [0, 1]
-                 path: Path):
+# %% ../../nbs/sdxl/02_prompts.ipynb #e827040b
+def _save_picture(image: torch.Tensor, # (3, H, W) in [0, 1]
+                  path: Path):
     "Write a PNG file."
     pixels = (image*255).round().to('cpu', torch.uint8).permute(1, 2, 0)
     with atomic_path(path) as tmp:
         Image.fromarray(pixels.numpy()).save(tmp, format='PNG')
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #372e55a3
+# %% ../../nbs/sdxl/02_prompts.ipynb #3ba770a0
 def draw_protocol(model: FewStep,
                   cond: Conditioning,  # of `texts`
                   texts: list[str],
@@ -239,7 +239,7 @@ def draw_protocol(model: FewStep,
         noises = [_named_noise(model, texts[i], seed, num_steps) for i, seed in zip(indices, seeds)]
         images = _draw(model, cond[torch.tensor(indices)], noises, num_steps)
         for image, path in zip(images, paths):
-            save_picture(image, path)
+            _save_picture(image, path)
     return len(missing)
 
 # %% ../../nbs/sdxl/02_prompts.ipynb #a703425f

@@ -7,7 +7,7 @@ __all__ = ['TEACHER_STEPS', 'TEACHER_GUIDANCE', 'scene_batch', 'fit', 'swap_word
            'contrastive_loss', 'vae_loss', 'set_scaling_factor', 'latent_dataset', 'drop_captions', 'teacher_loss',
            'teacher_sample']
 
-# %% ../../nbs/worlds/05_distill.ipynb #0f346baf
+# %% ../../nbs/worlds/05_distill.ipynb #e75c82c7
 import copy
 import logging
 import math
@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import generator, randn
+from ..core import generator
 from ..models import (
     Conditioning, encode_images, encode_prompts, load_checkpoint, predict_noise,
     restore_training_state, save_checkpoint, training_state)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEFT_OUT', 'DISTILL_GUIDANCE', 'SHAPES', 'rendered_data', 'features_of']
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #c7f217bf
+# %% ../../nbs/worlds/04_shapes_world.ipynb #f0f7e888
 from functools import cache
 
 import numpy as np
@@ -78,7 +78,7 @@ _REWARDS = (image_reward, attribute_binding, text_alignment, clip_score, relatio
             compressibility, incompressibility)
 _SCORED = ('image_reward', 'attribute_binding', 'text_alignment', 'clip_score', 'compressibility')
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #7dbcb297
+# %% ../../nbs/worlds/04_shapes_world.ipynb #2a8b6c61
 def _vision_tower():
     "Return the vision tower of the embedded CLIP."
     return load_clip()[2]

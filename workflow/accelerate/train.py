@@ -11,7 +11,7 @@ import lasro # first, so that a CUDA-built torchvision imports beside a CPU torc
 import torch
 import yaml
 
-from lasro.finetune import finetune
+from lasro.finetuning import finetune
 from lasro.sdxl.config import make_config, prepare
 
 
