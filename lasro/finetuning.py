@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'ARMS', 'NO_REWARD', 'MAY_CHANGE', 'find_arm', 'Run', 'read_prompts', 'finetune']
 
-# %% ../nbs/15_finetuning.ipynb #a2741b13
+# %% ../nbs/15_finetuning.ipynb #657515fc
 import hashlib
 import json
 import logging
 import shutil
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import torch
@@ -21,7 +19,8 @@ from diffusers import StableDiffusionXLPipeline
 from fastcore.basics import patch
 
 from .baselines import GORS, RLCM, RLCMDropped
-from .core import check_writable, environment, generator, is_finished, load_json, save_json, show_images
+from .core import check_writable, environment, generator, is_finished
+from .core import load_json, save_json, show_images
 from .guided import Direct, RewardGuided
 from .lasro import LaSRO
 from .models import adapter_layers, adapters_off, encode_prompts, latent_shape
@@ -92,9 +91,10 @@ def summary(self: Run) -> dict:
     alarms = [f'{sign} from update {step}' for sign, step in r['alarms'].items()]
     return out | (dict(alarms=', '.join(alarms)) if alarms else {})
 
-# %% ../nbs/15_finetuning.ipynb #279c6311
+# %% ../nbs/15_finetuning.ipynb #cf30118f
 @patch
-def __repr__(self: Run) -> str: return ', '.join(f'{name} {value}' for name, value in self.summary().items())
+def __repr__(self: Run) -> str:
+    return ', '.join(f'{name} {value}' for name, value in self.summary().items())
 
 # %% ../nbs/15_finetuning.ipynb #69050b7d
 @patch
@@ -102,13 +102,13 @@ def _repr_markdown_(self: Run) -> str:
     rows = [f'| {name} | {value} |' for name, value in self.summary().items()]
     return '\n'.join(['| | |', '|---|---|', *rows])
 
-# %% ../nbs/15_finetuning.ipynb #f2c3583d
+# %% ../nbs/15_finetuning.ipynb #70f73284
 @patch
 def _untuned(self: Run, cond, noise, injected, n: int) -> torch.Tensor:
     "Draw with the model as it was before."
     if self.base: return generate(self.base, cond, noise, injected, n)
     if not adapter_layers(self.pipe.unet):
-        raise ValueError('the pipeline was tuned in place and without an adapter: the model before is gone')
+        raise ValueError('the model before is gone: it was tuned in place and without an adapter')
     with adapters_off(self.pipe.unet): return generate(self.pipe, cond, noise, injected, n)
 
 # %% ../nbs/15_finetuning.ipynb #2df903de
@@ -124,13 +124,13 @@ def before_after(self: Run, prompts: list[str], seed: int = 0):
     titles = list(prompts)+['']*len(prompts)
     return show_images(torch.cat([above, below]), titles, ncols=len(prompts), scale=1.6)
 
-# %% ../nbs/15_finetuning.ipynb #6ded06a4
+# %% ../nbs/15_finetuning.ipynb #c4df2e0e
 def read_prompts(prompts # a list, or a text file with one prompt per line
                 ) -> list[str]:
     "Return prompts from a list or a file."
     if not isinstance(prompts, (str, Path)): return list(prompts)
     if not Path(prompts).is_file():
-        raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file of them')
+        raise FileNotFoundError(f'{prompts} is no file: give a list of prompts or a text file')
     lines = Path(prompts).read_text(encoding='utf-8-sig').splitlines()
     return [line.strip() for line in lines if line.strip()]
 
@@ -142,13 +142,13 @@ def _split_inputs(others: dict) -> tuple[Inputs, dict]:
     options = {name: v for name, v in others.items() if name not in names}
     return Inputs(**given), options
 
-# %% ../nbs/15_finetuning.ipynb #7a801d11
+# %% ../nbs/15_finetuning.ipynb #471e7ab3
 def _kept_data(
     data: tuple | None, # clean latents and the row of the conditioning of each
     kept: list[int],    # prompts
     n: int              # prompts there were; rows beyond hold captions of the data itself
 ) -> tuple | None:
-    "Return the data of the LCM loss whose prompt is kept, with the new row numbers; None if none is."
+    "Return the data whose prompt is kept, with the new row numbers; None if none is."
     if data is None: return None
     latents, index = data
     left = kept + list(range(n, int(index.max())+1))
@@ -164,25 +164,26 @@ def _keep(inputs: Inputs, kept: list[int], n: int) -> Inputs:
     if cond is not None: cond = cond[torch.tensor(kept + list(range(n, len(cond))))]
     return replace(inputs, cond=cond, data=_kept_data(inputs.data, kept, n))
 
-# %% ../nbs/15_finetuning.ipynb #3682ad43
+# %% ../nbs/15_finetuning.ipynb #a8f9162c
 def _leave_out_unreadable(reward, texts: list[str], inputs: Inputs) -> tuple[list[str], Inputs]:
     "Leave out the prompts that the reward cannot read. Raises ValueError if none is left."
     if reward is None: return texts, inputs
     n = len(texts)
     kept = reward.readable_prompts(texts)
     if len(kept) == n: return texts, inputs
-    if not kept: raise ValueError(f'{reward.name} can read none of the {n} prompts, such as {texts[0][:40]!r}')
+    if not kept:
+        raise ValueError(f'{reward.name} can read none of {n} prompts, such as {texts[0][:40]!r}')
     log.warning('%s cannot read %d of %d prompts: they are left out', reward.name, n-len(kept), n)
     return [texts[i] for i in kept], _keep(inputs, kept, n)
 
-# %% ../nbs/15_finetuning.ipynb #baac8dce
+# %% ../nbs/15_finetuning.ipynb #27df35cc
 def _check_folder(out: Path | str | None, force: bool) -> Path | None:
-    "Raise OSError if nothing can be written to `out`, or FileExistsError if it holds a finished run."
+    "Raise OSError if `out` cannot be written, FileExistsError if it holds a finished run."
     if out is None: return None
     out = Path(out)
     check_writable(out)
     if is_finished(out) and not force:
-        raise FileExistsError(f'{out} holds a finished run: give force=True to train again, or another folder')
+        raise FileExistsError(f'{out} holds a finished run: give force=True or another folder')
     return out
 
 # %% ../nbs/15_finetuning.ipynb #59e69bf1
@@ -225,14 +226,15 @@ def _check_same_run(out: Path, asked: dict, writes: bool # False in all processe
         raise ValueError(f'{message}: give another folder or force=True')
     if writes: save_json(asked, path)
 
-# %% ../nbs/15_finetuning.ipynb #ce94d3dc
+# %% ../nbs/15_finetuning.ipynb #a4a4cc65
 def _record(task: Task, rows: list[dict] # of metrics
            ) -> dict:
     "Return the record of a finished run."
     run = dict(reward=task.reward.name if task.reward else 'none', world=task.world.name,
                num_steps=task.num_steps, seed=task.seed, n_prompts=len(task.texts),
                rounds=max(0, len(rows)-1), processes=task.accelerator.num_processes)
-    made = dict(parameters=asdict(task.options), environment=environment(), alarms=first_alarms(rows))
+    made = dict(parameters=asdict(task.options), environment=environment(),
+                alarms=first_alarms(rows))
     return run | made | task.budget.record()
 
 # %% ../nbs/15_finetuning.ipynb #becee4b4
@@ -264,7 +266,7 @@ def _train(task: Task, arm: str, out: Path | None, force: bool) -> list[dict]: #
     start_trackers(task, asdict(task.options) | dict(arm=arm, seed=task.seed))
     return train(method, out)
 
-# %% ../nbs/15_finetuning.ipynb #9896771d
+# %% ../nbs/15_finetuning.ipynb #bbc2b348
 def finetune(
     pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family
     reward,                        # a name, 'module:function', a callable or a Reward
@@ -274,9 +276,9 @@ def finetune(
     seed: int = 0,
     profile: str = 'lab',          # gives the sizes
     force: bool = False,           # train again although `out` holds a finished run
-    **others                       # fields of `Inputs` (teacher, data, world, ...) and options of the arm
+    **others                       # fields of `Inputs` (teacher, data, world, ...) and options
 ) -> Run:
-    "Fine-tune a few-step pipeline with a reward. A killed call resumes; a finished one is not repeated."
+    "Fine-tune a few-step pipeline. A killed call resumes; a finished one is not repeated."
     kind, defaults = find_arm(arm)
     inputs, options = _split_inputs(others)
     options = make_options(profile, kind.Options, **defaults | options)
@@ -291,10 +293,3 @@ def finetune(
     base = None if inputs.in_place else pipe
     run = Run(task.pipe, base, pd.DataFrame(rows), record, out)
     return _finish(task, run, rows, inputs.before_record)
-
-# %% ../nbs/15_finetuning.ipynb #6983a4d9
-class _CallableModule(ModuleType):
-    "A module that is called like its function."
-    def __call__(self, *args, **kwargs) -> Run: return finetune(*args, **kwargs)
-
-if __name__ != '__main__': sys.modules[__name__].__class__ = _CallableModule

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'PROBE_EVERY', 'HackingAlarm', 'note_alarm', 'first_alarms', 'draw_latents', 'probe', 'save_metrics',
-           'start_trackers', 'log_row', 'draw_samples', 'save_samples', 'save_trained', 'snapshot']
+           'start_trackers', 'log_row', 'save_samples', 'save_trained', 'snapshot']
 
 # %% ../nbs/10_monitor.ipynb #71e6e411
 import logging
@@ -242,9 +242,9 @@ def _log_images(task: Task, images: torch.Tensor, # (n, 3, H, W) in [0, 1]
             tracker.log_images({'samples': pixels}, step=step, dataformats='NHWC')
         if tracker.name == 'wandb': tracker.log_images({'samples': list(pixels)}, step=step)
 
-# %% ../nbs/10_monitor.ipynb #218e9005
+# %% ../nbs/10_monitor.ipynb #5dfa71a7
 @torch.no_grad()
-def draw_samples(
+def _draw_samples(
     task: Task,
     generator, # the trained UNet
     n: int = 8 # pictures
@@ -289,7 +289,7 @@ def _note_best(rows: list[dict], out: Path):
     found = dict(folder=_snapshot_folder(out, best).name, by=key, value=round(best[key], 5))
     save_json(found, out/'snapshots'/'best.json')
 
-# %% ../nbs/10_monitor.ipynb #f9a6ed8d
+# %% ../nbs/10_monitor.ipynb #1f6d2920
 def snapshot(
     task: Task,
     generator,        # the trained UNet
@@ -298,7 +298,7 @@ def snapshot(
 ):
     "Keep a sample grid and the weights of this round, and note the best round."
     folder = _snapshot_folder(out, rows[-1])
-    images = draw_samples(task, generator)
+    images = _draw_samples(task, generator)
     _log_images(task, images, rows[-1]['step'])
     if task.writes: save_samples(images, task.texts, folder/'grid.png')
     save_trained(task, folder)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'learning_rate', 'PreparedNetwork', 'Trained', 'Arm', 'LCMContinued', 'checkpoint', 'resume', 'train']
 
-# %% ../nbs/11_training.ipynb #caf8af5a
+# %% ../nbs/11_training.ipynb #ff625224
 import logging
 import math
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import trange
 
-from .models import gathered, load_checkpoint, restore_training_state, save_checkpoint, training_state
+from .models import gathered, load_checkpoint, save_checkpoint
+from .models import restore_training_state, training_state
 from .monitor import PROBE_EVERY, log_row, note_alarm, probe, save_metrics, snapshot
 from .sampling import denoise, draw_lcm_noise, lcm_loss, lcm_timesteps
 from .options import Options
@@ -37,7 +38,7 @@ def learning_rate(
     rise = min(1, (n+1)/max(1, o.warmup))
     return o.lr*rise*max(0, 1-n/total)
 
-# %% ../nbs/11_training.ipynb #c2394d4c
+# %% ../nbs/11_training.ipynb #fe8f594c
 class PreparedNetwork(nn.Module):
     "What accelerate prepares: a network, and a forward that runs any function."
     def __init__(self, network: nn.Module):
@@ -45,7 +46,7 @@ class PreparedNetwork(nn.Module):
         self.network = network
     def forward(self, f, *args, **kwargs): return f(*args, **kwargs)
 
-# %% ../nbs/11_training.ipynb #0e26bb4a
+# %% ../nbs/11_training.ipynb #9302f78e
 class Trained:
     "A network with its optimiser, prepared by the task's Accelerator."
     def __init__(
@@ -113,11 +114,11 @@ def step(self: Trained) -> float: # norm of the gradient before clipping
     elif a.scaler: a.scaler.update() # a step would have done it
     return norm
 
-# %% ../nbs/11_training.ipynb #cb25261d
+# %% ../nbs/11_training.ipynb #b9baa7e2
 @patch
 def _mean_numbers(self: Trained, rows: list[dict] # numbers of each micro-group of this process
                  ) -> dict[str, float]:
-    "Average numbers over all micro-groups of all processes. A number that a group lacks counts as 0."
+    "Average numbers over all micro-groups of all processes. One that a group lacks counts as 0."
     a = self.task.accelerator
     names = [name for row in rows for name in row]
     if a.num_processes > 1: names = gather_object(names)
@@ -136,9 +137,9 @@ def _start_accumulating(self: Trained, n: int # micro-groups of this process
     self.task.accelerator.gradient_accumulation_steps = n
     self.task.accelerator.step = 0
 
-# %% ../nbs/11_training.ipynb #f0a741fd
+# %% ../nbs/11_training.ipynb #7b9cff94
 @patch
-def update(self: Trained, loss # (micro-group) -> its share of the loss, dict of its shares of numbers
+def update(self: Trained, loss # (micro-group) -> share of the loss, dict of shares of numbers
           ) -> dict: # numbers of the whole batch
     "Make one update: a backward pass for each micro-group of this process, then one step."
     a = self.task.accelerator
@@ -154,7 +155,7 @@ def update(self: Trained, loss # (micro-group) -> its share of the loss, dict of
     self.optimizer.zero_grad()
     return self._mean_numbers(rows) | dict(grad_norm=norm)
 
-# %% ../nbs/11_training.ipynb #cb5adaac
+# %% ../nbs/11_training.ipynb #a80feaf7
 class Arm:
     "A way to train the generator. A subclass gives at least `draw` and `loss`."
     Options = Options # another arm may add to them
@@ -165,9 +166,19 @@ class Arm:
         self.generator = Trained(task, task.pipe.unet, o.lr, max_norm=o.max_norm)
     def prepare(self) -> dict: return {} # numbers of round 0
     def draw(self, k: int, i: int) -> dict: return {} # everything random of update i of round k
-    def loss(self, batch: dict, group: MicroGroup) -> tuple[torch.Tensor, dict]: raise NotImplementedError
-    def state(self) -> dict[str, torch.Tensor]: return self.generator.state('generator.')
-    def restore(self, tensors: dict): self.generator.restore(tensors, 'generator.')
+    def loss(self, batch: dict, group: MicroGroup) -> tuple[torch.Tensor, dict]:
+        raise NotImplementedError
+
+# %% ../nbs/11_training.ipynb #8612f875
+@patch
+def state(self: Arm) -> dict[str, torch.Tensor]:
+    "Return everything that a resumed run needs, by name."
+    return self.generator.state('generator.')
+
+@patch
+def restore(self: Arm, tensors: dict):
+    "Load what `state` returned."
+    self.generator.restore(tensors, 'generator.')
 
 # %% ../nbs/11_training.ipynb #d50b92ea
 @patch
@@ -255,8 +266,8 @@ def checkpoint(
     save_checkpoint(folder/f'round-{k:05d}.safetensors', tensors, round=k, rows=rows, budget=budget)
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
 
-# %% ../nbs/11_training.ipynb #948843cf
-def resume(arm: Arm, folder: Path | None) -> tuple[int, list[dict]]: # rounds that are done, rows so far
+# %% ../nbs/11_training.ipynb #56f8a242
+def resume(arm: Arm, folder: Path | None) -> tuple[int, list[dict]]: # rounds done, rows so far
     "Restore the newest sound checkpoint. A damaged one is logged and passed over."
     found = sorted(folder.glob('round-*.safetensors'), reverse=True) if folder else []
     for path in found:

@@ -31,7 +31,7 @@ from .sources import model_source, weights_dtype
 from ..options import Options, make_options
 from ..task import sampled_data
 
-# %% ../../nbs/sdxl/05_config.ipynb #697799cd
+# %% ../../nbs/sdxl/05_config.ipynb #7993a419
 @dataclass
 class SDXLConfig:
     "Describe one run at full size."
@@ -55,6 +55,7 @@ class SDXLConfig:
     num_steps: int = 2                  # sampling steps trained for, 1 to 4
     seed: int = 0
     out: str = ''                       # folder of the run; '' keeps nothing
+    force: bool = False                 # train again although `out` holds a run
     log_with: str = ''                  # tensorboard, trackio or wandb, besides metrics.csv
     overrides: dict = field(default_factory=dict) # options of the arm that differ from ours
 
@@ -209,12 +210,12 @@ def _own_device(name: str) -> torch.device:
         return torch.device('cuda', int(rank))
     return device
 
-# %% ../../nbs/sdxl/05_config.ipynb #44c5efb9
+# %% ../../nbs/sdxl/05_config.ipynb #674403c1
 @patch
 def check_start(self: SDXLConfig):
     "Raise an error if the run is finished, or if its launch does not suit its options."
-    if self.out and is_finished(Path(self.out)):
-        raise FileExistsError(f'{self.out} holds a finished run: give another folder')
+    if self.out and is_finished(Path(self.out)) and not self.force:
+        raise FileExistsError(f'{self.out} holds a finished run: set force, or give another folder')
     options = self.make_options()
     sharded = os.environ.get('ACCELERATE_USE_FSDP') == 'true'
     if sharded and (options.lora_rank or options.surrogate_rank):
@@ -286,7 +287,7 @@ def _own_samples(model: FewStep, cond, options: Options) -> tuple: # latents, pr
     with model.autocast():
         return sampled_data(model.pipe, cond, batch_size=options.sample_batch)
 
-# %% ../../nbs/sdxl/05_config.ipynb #e84d8e65
+# %% ../../nbs/sdxl/05_config.ipynb #02f3597b
 def _arguments(config: SDXLConfig, model: FewStep, texts: list[str], cond, rewards: dict) -> dict:
     "Return the arguments of `finetune`."
     given = dict(
@@ -298,6 +299,7 @@ def _arguments(config: SDXLConfig, model: FewStep, texts: list[str], cond, rewar
         world='sdxl',
         in_place=True,
         out=config.out or None,
+        force=config.force,
         arm=config.arm,
         seed=config.seed,
         profile=config.profile,

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 
-# %% ../../nbs/sdxl/03_memory.ipynb #3981f0a4
+# %% ../../nbs/sdxl/03_memory.ipynb #bb40ef48
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL
+from fastcore.basics import patch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -179,6 +180,20 @@ MEMORY_SETTINGS = (
     MemorySetting(lora_rank=16, surrogate_rank=16, micro_rows=1, sample_batch=1),
 )
 SMALL_SETTINGS = (MemorySetting(4, 4, 4, False, 4),)
+
+# %% ../../nbs/sdxl/03_memory.ipynb #f33fe26d
+@patch
+def options(self: MemorySetting,
+            batch_size: int # samples in an update
+           ) -> dict: # field: value
+    "Return the fields of `Options` that a setting decides."
+    return dict(
+        lora_rank=self.lora_rank,
+        surrogate_rank=self.surrogate_rank,
+        micro_groups=-(-batch_size//self.micro_rows),
+        sample_batch=self.sample_batch,
+        gradient_checkpointing=self.gradient_checkpointing,
+    )
 
 # %% ../../nbs/sdxl/03_memory.ipynb #7c7e89cd
 @contextmanager
