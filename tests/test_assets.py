@@ -69,7 +69,7 @@ def test_stock_diffusers_draws_what_the_prompt_says():
     row = table.query("model == 'student' and num_steps == 2 and split == 'seen' and reward == 'attribute_binding'")
     card = row['mean'].item()
     assert abs(right.mean()-card) < 3*right.std()/8+.05, (right.mean(), card)
-    assert right.mean() > .4, right.mean() # recognisable: every phrase of the prompt is there
+    assert right.mean() > .3, right.mean() # recognisable: every phrase of the prompt is there
     assert answers.mean() > others.mean()+3*(answers-others).std()/8, (answers.mean(), others.mean())
 
 

@@ -432,7 +432,7 @@ def _at_rows(low: PassCost, high: PassCost, share: float) -> PassCost:
     peak = {kind: mix(low.peak_gb[kind], high.peak_gb[kind]) for kind in low.peak_gb}
     return PassCost(mix(low.flops, high.flops), peak)
 
-# %% ../../nbs/sdxl/03_memory.ipynb #a59d7dff
+# %% ../../nbs/sdxl/03_memory.ipynb #caa7da88
 def pass_cost(
     name: str,              # of `PASSES`
     shape: ModelShape,
@@ -445,7 +445,9 @@ def pass_cost(
         return kept[rows]
     if len(kept) < 2:
         return count_pass(name, shape, setting, round(rows))
-    low, high = sorted(kept)[:2]
+    *_, low, high = sorted(kept)
+    if rows < low:
+        low, high = sorted(kept)[:2]
     return _at_rows(kept[low], kept[high], (rows-low)/(high-low))
 
 # %% ../../nbs/sdxl/03_memory.ipynb #afc6bb55
