@@ -164,7 +164,7 @@ def _keep(inputs: Inputs, kept: list[int], n: int) -> Inputs:
     if cond is not None: cond = cond[torch.tensor(kept + list(range(n, len(cond))))]
     return replace(inputs, cond=cond, data=_kept_data(inputs.data, kept, n))
 
-# %% ../nbs/15_finetuning.ipynb #a8f9162c
+# %% ../nbs/15_finetuning.ipynb #6f1f0086
 def _leave_out_unreadable(reward, texts: list[str], inputs: Inputs) -> tuple[list[str], Inputs]:
     "Leave out the prompts that the reward cannot read. Raises ValueError if none is left."
     if reward is None: return texts, inputs
@@ -172,7 +172,7 @@ def _leave_out_unreadable(reward, texts: list[str], inputs: Inputs) -> tuple[lis
     kept = reward.readable_prompts(texts)
     if len(kept) == n: return texts, inputs
     if not kept:
-        raise ValueError(f'{reward.name} can read none of {n} prompts, such as {texts[0][:40]!r}')
+        raise ValueError(f'{reward.name} can read none of the {n} prompts, such as {texts[0][:40]!r}')
     log.warning('%s cannot read %d of %d prompts: they are left out', reward.name, n-len(kept), n)
     return [texts[i] for i in kept], _keep(inputs, kept, n)
 
