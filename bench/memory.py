@@ -18,7 +18,7 @@ import torch
 
 from lasro.core import atomic_path, results_dir
 from lasro.sdxl import memory
-from lasro.sdxl.memory import MemorySetting, ModelShape
+from lasro.sdxl.passes import PASSES, MemorySetting, ModelShape, build_networks, count_pass, measure_pass
 
 SMALL = ModelShape('sdxl', 64, small=True), ModelShape('ssd-1b', 64, small=True)
 FULL = ModelShape('ssd-1b'), ModelShape('sdxl'), ModelShape('sdxl', 512)
@@ -37,7 +37,7 @@ def jobs(shapes, settings):
     "Yield name, shape, setting and rows of the passes to count."
     for shape in shapes:
         for setting in settings:
-            for name in memory.PASSES:
+            for name in PASSES:
                 if name in COMPARED and setting.gradient_checkpointing: continue
                 for rows in ROWS.get(name, (1,)): yield name, shape, setting, rows
 
@@ -63,7 +63,7 @@ def count(again: bool):
     for job in (*jobs(SMALL, SMALL_SETTINGS), *jobs(FULL, SETTINGS)):
         key = memory.pass_key(*job)
         if tuple(key.values()) in done: continue
-        cost = memory.count_pass(*job, known_flops(done, *job))
+        cost = count_pass(*job, known_flops(done, *job))
         done[tuple(key.values())] = key | memory.cost_values(cost)
         with atomic_path(memory.COSTS_FILE) as tmp:
             pd.DataFrame(done.values()).to_csv(tmp, index=False)
@@ -72,9 +72,9 @@ def count(again: bool):
 
 def counted_mb(rows: int) -> float:
     "Count an update of the small SDXL in float32."
-    build = partial(memory.build_networks, SMALL[0], PLAIN, torch.float32)
-    run = partial(memory.PASSES['generator update'], rows=rows)
-    return round(memory.measure_pass(build, run, flops=0.).working_gb*1024, 3)
+    build = partial(build_networks, SMALL[0], PLAIN, torch.float32)
+    run = partial(PASSES['generator update'], rows=rows)
+    return round(measure_pass(build, run, flops=0.).working_gb*1024, 3)
 
 
 def accumulation():
