@@ -18,7 +18,8 @@ import torch
 
 from lasro.core import atomic_path, results_dir
 from lasro.sdxl import memory
-from lasro.sdxl.passes import PASSES, MemorySetting, ModelShape, build_networks, count_pass, measure_pass
+from lasro.sdxl.passes import PASSES, MemorySetting, ModelShape
+from lasro.sdxl.passes import build_networks, count_pass, measure_pass
 
 SMALL = ModelShape('sdxl', 64, small=True), ModelShape('ssd-1b', 64, small=True)
 FULL = ModelShape('ssd-1b'), ModelShape('sdxl'), ModelShape('sdxl', 512)
