@@ -215,6 +215,7 @@ def make_task(
     cond = inputs.cond
     cond = encode_prompts(pipe, texts) if cond is None else cond.to(pipe.device)
     teacher = _find_teacher(inputs, world, pipe.device)
+    if options.gradient_checkpointing: teacher.enable_gradient_checkpointing()
     data = _find_data(inputs, world, pipe, texts, cond)
     guidance = inputs.guidance_scale
     if guidance is None: guidance = world.guidance_scale
