@@ -20,17 +20,24 @@ NUM_TRAIN_TIMESTEPS = 1000
 _betas = torch.linspace(.00085**.5, .012**.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)**2
 alphas_cumprod = (1-_betas).cumprod(0).float() # abar_t, (1000,)
 
-# %% ../nbs/02_sampling.ipynb #4d837a0b
+# %% ../nbs/02_sampling.ipynb #cb7b94c7
 ORIGINAL_STEPS = 50
+_STRIDE = NUM_TRAIN_TIMESTEPS//ORIGINAL_STEPS
 
+# %% ../nbs/02_sampling.ipynb #9b6c1ee7
 def lcm_timesteps(num_steps: int # 1 to 50
                  ) -> list[int]: # descending
     "Return the timesteps of the n-step sampler, as `LCMScheduler.set_timesteps` does."
-    stride = NUM_TRAIN_TIMESTEPS//ORIGINAL_STEPS
-    grid = list(range(NUM_TRAIN_TIMESTEPS-1, 0, -stride))
+    grid = list(range(NUM_TRAIN_TIMESTEPS-1, 0, -_STRIDE))
     return [grid[int(i*ORIGINAL_STEPS/num_steps)] for i in range(num_steps)]
 
-# %% ../nbs/02_sampling.ipynb #7ef3a3f8
+# %% ../nbs/02_sampling.ipynb #66ba3420
+def _boundary_scalings(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Return c_skip and c_out."
+    s = 10.*t
+    return .25/(s*s+.25), s/(s*s+.25).sqrt()
+
+# %% ../nbs/02_sampling.ipynb #80d39381
 def coefficients(
     timesteps,         # t, int or (B,)
     like: torch.Tensor # (B, ...); gives device, dtype and number of dimensions
@@ -38,11 +45,8 @@ def coefficients(
     "Return the scalars of the consistency function (nbs/methods.ipynb, 1.1)."
     t = torch.as_tensor(timesteps).cpu().expand(len(like))
     abar = alphas_cumprod[t]
-    s = 10.*t
-    c_skip = .25/(s*s+.25)
-    c_out = s/(s*s+.25).sqrt()
-    shape = (-1,) + (1,)*(like.ndim-1)
-    return tuple(c.to(like).view(shape) for c in (abar.sqrt(), (1-abar).sqrt(), c_skip, c_out))
+    scalars = abar.sqrt(), (1-abar).sqrt(), *_boundary_scalings(t)
+    return tuple(c.to(like).view(-1, *[1]*(like.ndim-1)) for c in scalars)
 
 # %% ../nbs/02_sampling.ipynb #61b4fd00
 def denoise(
@@ -78,7 +82,7 @@ class Trajectory:
     @property
     def final(self) -> torch.Tensor: return self.denoised[-1]
 
-# %% ../nbs/02_sampling.ipynb #ef58a3ec
+# %% ../nbs/02_sampling.ipynb #8e0fcb88
 def sample(
     unet,                  # or a pipeline, whose UNet is taken
     cond: Conditioning,    # of B prompts
@@ -87,16 +91,14 @@ def sample(
     num_steps: int = 2,
     detach: bool = False   # cut the gradient between steps
 ) -> Trajectory:
-    "Sample with the n-step consistency sampler (nbs/methods.ipynb, 1.2). It draws nothing itself."
+    "Sample with the n-step consistency sampler (nbs/methods.ipynb, 1.2)."
     unet = getattr(unet, 'unet', unet)
     out = Trajectory([], [], lcm_timesteps(num_steps))
-    latents = noise
     for i, t in enumerate(out.timesteps):
+        if i == 0: latents = noise
+        else: latents = add_noise(out.final.detach() if detach else out.final, injected[i-1], t)
         out.inputs.append(latents)
         out.denoised.append(denoise(unet, latents, t, cond))
-        if i+1 == num_steps: break
-        z = out.final.detach() if detach else out.final
-        latents = add_noise(z, injected[i], out.timesteps[i+1])
     return out
 
 # %% ../nbs/02_sampling.ipynb #df379bb4
@@ -133,7 +135,7 @@ def generate(
     latents = sample(pipe, cond, noise, injected, num_steps).final
     return decode(pipe.vae, latents)
 
-# %% ../nbs/02_sampling.ipynb #618dc029
+# %% ../nbs/02_sampling.ipynb #c5555a76
 def draw_lcm_noise(
     n: int,                    # samples
     shape: tuple,              # of one latent
@@ -141,10 +143,17 @@ def draw_lcm_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]: # t (n,), 19 to 999; noise (n, *shape)
     "Draw the times and the noise of an LCD loss."
     k = torch.randint(1, ORIGINAL_STEPS+1, (n,), generator=generator)
-    t = k*(NUM_TRAIN_TIMESTEPS//ORIGINAL_STEPS) - 1
-    return t, randn(n, *shape, generator=generator)
+    return k*_STRIDE-1, randn(n, *shape, generator=generator)
 
-# %% ../nbs/02_sampling.ipynb #c304063f
+# %% ../nbs/02_sampling.ipynb #fff5e8f4
+def _guided_noise(teacher, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning, w: float):
+    "Predict the noise with guidance scale w."
+    both = Conditioning.cat([cond.zeros(), cond])
+    predicted = predict_noise(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    uncond, text = predicted.split(len(x_t))
+    return uncond + w*(text-uncond)
+
+# %% ../nbs/02_sampling.ipynb #9390cba6
 @torch.no_grad()
 def ddim_step(
     teacher,
@@ -155,15 +164,12 @@ def ddim_step(
     guidance_scale: float # w; 1 is no guidance
 ) -> torch.Tensor: # x at t_prev
     "Take one guided DDIM step: predict clean latent and noise, and recombine them at `t_prev`."
-    both = Conditioning.cat([cond.zeros(), cond])
-    predicted = predict_noise(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-    uncond, text = predicted.split(len(x_t))
-    noise = uncond + guidance_scale*(text-uncond)
+    noise = _guided_noise(teacher, x_t, t, cond, guidance_scale)
     alpha, sigma, _, _ = coefficients(t, x_t)
     x_0 = (x_t-sigma*noise)/alpha
     return add_noise(x_0, noise, t_prev)
 
-# %% ../nbs/02_sampling.ipynb #949ece0e
+# %% ../nbs/02_sampling.ipynb #52a7057d
 @torch.no_grad()
 def lcm_target(
     target,               # an average of the student, or the student itself
@@ -174,7 +180,7 @@ def lcm_target(
     guidance_scale: float # of the teacher
 ) -> torch.Tensor: # (B, 4, h, w)
     "Return the prediction at the end of the teacher's step, which the student shall make at `t`."
-    t_prev = (t-NUM_TRAIN_TIMESTEPS//ORIGINAL_STEPS).clamp(min=0)
+    t_prev = (t-_STRIDE).clamp(min=0)
     with adapters_off(teacher): x_prev = ddim_step(teacher, x_t, t, t_prev, cond, guidance_scale)
     return denoise(target, x_prev, t_prev, cond)
 
