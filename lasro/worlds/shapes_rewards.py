@@ -6,7 +6,7 @@
 __all__ = ['ENCODER_LAYERS', 'FOLDER', 'attribute_binding', 'relation', 'count', 'describe', 'text_alignment', 'load_clip',
            'clip_score', 'load_preference', 'image_reward']
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #c8576737
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #1bc102c1
 import math
 import re
 from functools import cache
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #cf6c1faf
 from ..core import ASSETS
 from ..models import check_manifest, load_module
 from ..rewards import Reward
@@ -43,9 +44,10 @@ def _binding(images: torch.Tensor, texts: list[str], metadata=None) -> tuple[tor
     strict = torch.stack([(own > .5).all() for own in answers])
     return product, dict(strict=strict.float())
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #8a5f1929
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #6f6d0aa1
 def _names_things(prompt: str) -> bool: return len(parse(prompt)) > 0
 
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #fedfadb1
 def attribute_binding(device='cpu') -> Reward:
     "Return the attribute binding reward; `info['strict']` is its 0/1 form."
     return Reward('attribute_binding', _binding, range=(0, 1), held_out='image_reward',
@@ -70,14 +72,19 @@ def _directions(texts: list[str]) -> torch.Tensor: # (B, 2), as in `RELATIONS`
         raise ValueError(f"sample {i} names no relation: {texts[i][:40]!r}; write e.g. 'above'")
     return torch.tensor(found)
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #e1de0fbe
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #7f26d64d
+def _how_far_along(offset: torch.Tensor, direction: torch.Tensor) -> torch.Tensor: # (B,) in [0, 1]
+    "Return 1 for an offset (B, 2) within 45 degrees of the direction, 0 from 90 degrees on."
+    cosine = (F.normalize(offset, dim=1)*direction.to(offset)).sum(1)
+    return (math.sqrt(2)*cosine).clamp(0, 1)
+
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #61df8beb
 def _relation(images: torch.Tensor, texts: list[str], metadata=None) -> torch.Tensor: # (B,)
     "Return how surely both things are there, the first where the prompt places it."
     first, second = zip(*(phrases[:2] for phrases in _phrases(texts, least=2)))
     a, p = _locate(images, first)
     b, q = _locate(images, second)
-    cosine = (F.normalize(p-q, dim=1)*_directions(texts).to(p)).sum(1)
-    return a*b*(math.sqrt(2)*cosine).clamp(0, 1)
+    return a*b*_how_far_along(p-q, _directions(texts))
 
 # %% ../../nbs/worlds/03_shapes_rewards.ipynb #c75a04e2
 def _names_relation(prompt: str) -> bool:
@@ -97,16 +104,19 @@ def _count_things(images: torch.Tensor, # (N, 3, 32, 32) in [0, 1]
     "Return the number of things that fit each phrase; a doubtful thing counts in part."
     return (2*phrase_maps(images, phrases)-.5).clamp(0, 1).sum((1, 2))
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #ce3d03d8
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #74eb14aa
+def _count_scores(images: torch.Tensor, phrases: list[Phrase]) -> torch.Tensor: # (N,) in (0, 1]
+    "Return how close the number of things is to the number that each phrase names."
+    asked = torch.tensor([phrase.number for phrase in phrases], device=images.device)
+    return 1/(1+(_count_things(images, phrases)-asked).abs())
+
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #5af74ca4
 def _count(images: torch.Tensor, texts: list[str], metadata=None) -> torch.Tensor: # (B,)
     "Return how close the numbers of things are to the numbers asked for."
     phrases = _phrases(texts)
-    counts = [len(own) for own in phrases]
-    flat = [phrase for own in phrases for phrase in own]
-    asked = torch.tensor([phrase.number for phrase in flat], device=images.device)
-    owner = torch.arange(len(texts)).repeat_interleave(torch.tensor(counts))
-    scores = 1/(1+(_count_things(images[owner], flat)-asked).abs())
-    return torch.stack([own.prod() for own in scores.split(counts)])
+    owner = [i for i, own in enumerate(phrases) for _ in own]
+    scores = _count_scores(images[owner], [phrase for own in phrases for phrase in own])
+    return torch.stack([own.prod() for own in scores.split([len(own) for own in phrases])])
 
 # %% ../../nbs/worlds/03_shapes_rewards.ipynb #ab6a1eea
 def count(device='cpu') -> Reward:
@@ -138,9 +148,10 @@ def describe(things: list[Thing], # what a picture shows
     if len(things) == 2 == len(alike): return _place_two(*things)
     return join_words([_noun(group) for group in alike.values()]) or 'nothing'
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #d2195774
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #e57b13c7
 ENCODER_LAYERS = 3
 
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #72b9831f
 @cache
 def _sentence_encoder(device='cpu') -> tuple: # tokenizer, network
     "Load MiniLM's first layers."
@@ -164,16 +175,20 @@ def _encode(texts: list[str], device='cpu') -> dict[str, torch.Tensor]: # text: 
 @cache
 def _known_tokens(device) -> dict[str, torch.Tensor]: return {}
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #564adb0c
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #354d977f
+def _by_length(texts) -> list[str]:
+    "Sort texts, so that those of one batch need little padding."
+    return sorted(texts, key=lambda text: (len(text), text))
+
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #de9c30b7
 @torch.no_grad()
 def _embed_tokens(texts: list[str], device='cpu', batch_size: int = 64) -> list[torch.Tensor]:
     "Encode texts, each only once."
     known = _known_tokens(device)
-    by_length = lambda texts: sorted(texts, key=lambda text: (len(text), text))
-    new = by_length(set(texts) - known.keys())
+    new = _by_length(set(texts) - known.keys())
     if len(known)+len(new) > 4096:
         known.clear()
-        new = by_length(set(texts))
+        new = _by_length(set(texts))
     for i in range(0, len(new), batch_size): known.update(_encode(new[i:i+batch_size], device))
     return [known[text] for text in texts]
 
@@ -208,29 +223,39 @@ def _unrelated_recall(device='cpu', n: int = 256) -> float:
     texts = [_without_opening(text) for text in prompts('train', n)]
     return float(_recall(texts, texts[1:]+texts[:1], device).mean())
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #33b861c5
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #54adc3c1
+def _alignment(texts: list[str], captions: list[str], device: str) -> torch.Tensor: # (B,), -1 to 1
+    "Return the rescaled recall of each prompt in its caption."
+    b = _unrelated_recall(device)
+    recall = _recall([_without_opening(text) for text in texts], captions, device)
+    return ((recall-b)/(1-b)).clamp(-1, 1)
+
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #bdc78139
 def text_alignment(device='cpu') -> Reward:
     "Return the text alignment reward; `info['captions']` holds the captions."
     device = str(device)
     def score(images, texts, metadata=None):
         captions = [describe(things) for things in detect(images)]
-        b = _unrelated_recall(device)
-        recall = _recall([_without_opening(text) for text in texts], captions, device)
-        return ((recall-b)/(1-b)).clamp(-1, 1), dict(captions=captions)
+        return _alignment(texts, captions, device), dict(captions=captions)
     return Reward('text_alignment', score, range=(-1, 1), held_out='clip_score')
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #e6d1ee26
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #9d4fa050
 FOLDER = ASSETS/'shapes' # the world's networks
+
+def _load_tower(kind: type, name: str, device) -> nn.Module:
+    "Load a tower of the small CLIP, frozen."
+    tower = kind.from_pretrained(FOLDER/name, dtype=torch.float32)
+    return tower.to(device).eval().requires_grad_(False)
+
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #c641f2b0
 _CLIP = tuple[CLIPTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection]
 
 @cache
 def load_clip(device='cpu') -> _CLIP:
     "Load tokenizer, text tower and vision tower, frozen."
     check_manifest(FOLDER)
-    single = dict(dtype=torch.float32)
-    text = CLIPTextModelWithProjection.from_pretrained(FOLDER/'text_encoder_2', **single)
-    vision = CLIPVisionModelWithProjection.from_pretrained(FOLDER/'clip_vision', **single)
-    for tower in (text, vision): tower.to(device).eval().requires_grad_(False)
+    text = _load_tower(CLIPTextModelWithProjection, 'text_encoder_2', device)
+    vision = _load_tower(CLIPVisionModelWithProjection, 'clip_vision', device)
     return CLIPTokenizer.from_pretrained(FOLDER/'tokenizer_2'), text, vision
 
 # %% ../../nbs/worlds/03_shapes_rewards.ipynb #365d4109

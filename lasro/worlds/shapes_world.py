@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LEFT_OUT', 'DISTILL_GUIDANCE', 'SHAPES', 'rendered_data', 'features_of']
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #f0f7e888
+# %% ../../nbs/worlds/04_shapes_world.ipynb #c9d9897c
 from functools import cache
 
 import numpy as np
 import torch
 
+# %% ../../nbs/worlds/04_shapes_world.ipynb #7afb41cd
 from ..core import generator
 from ..models import encode_images, load_module
 from ..rewards import compressibility, incompressibility
@@ -25,7 +26,13 @@ from .shapes_rewards import image_reward, load_clip, relation, text_alignment
 LEFT_OUT = .55 # share of the scenes with several things that lack one
 DISTILL_GUIDANCE = 3. # guidance scale of the teacher's steps that the student learnt
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #ff4c964a
+# %% ../../nbs/worlds/04_shapes_world.ipynb #1c0f3be9
+def _lacking_scenes(texts: list[str]) -> Scenes: # one for each prompt
+    "Draw a scene for each prompt, some without one of their things."
+    g = generator(0, 'lcm data')
+    return leave_out(scenes_of(texts, g), LEFT_OUT, g)
+
+# %% ../../nbs/worlds/04_shapes_world.ipynb #50dfd481
 @torch.no_grad()
 def rendered_data(
     pipe, # gives the encoder
@@ -34,17 +41,16 @@ def rendered_data(
 ) -> tuple[torch.Tensor, torch.Tensor]: # latents (M, 4, 8, 8) and the prompt of each (M,)
     "Render prompts and encode the pictures, some of which lack a thing."
     index = torch.arange(len(texts)).repeat(per_prompt)
-    g = generator(0, 'lcm data')
-    scenes = scenes_of([texts[i] for i in index], g)
-    images = render(leave_out(scenes, LEFT_OUT, g))
+    images = render(_lacking_scenes([texts[i] for i in index]))
     return encode_images(pipe.vae, images.to(pipe.device)), index
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #b6f80bfe
+# %% ../../nbs/worlds/04_shapes_world.ipynb #fd147e35
 @cache
 def _feature_net(device: str = 'cpu') -> FeatureNet:
     "Load the feature network, frozen."
     return load_module(FeatureNet(), FOLDER/'features'/'features.safetensors').to(device)
 
+# %% ../../nbs/worlds/04_shapes_world.ipynb #43f12294
 @torch.no_grad()
 def features_of(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
                 batch_size: int = 64,
@@ -78,11 +84,12 @@ _REWARDS = (image_reward, attribute_binding, text_alignment, clip_score, relatio
             compressibility, incompressibility)
 _SCORED = ('image_reward', 'attribute_binding', 'text_alignment', 'clip_score', 'compressibility')
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #2a8b6c61
+# %% ../../nbs/worlds/04_shapes_world.ipynb #406080ee
 def _vision_tower():
     "Return the vision tower of the embedded CLIP."
     return load_clip()[2]
 
+# %% ../../nbs/worlds/04_shapes_world.ipynb #706db407
 SHAPES = World(
     'shapes', folder=FOLDER,
     prompts=prompts, kinds=KINDS,
