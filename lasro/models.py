@@ -43,16 +43,20 @@ def write_manifest(folder: Path):
         if path.is_file() and not skip: hashes[path.relative_to(folder).as_posix()] = sha256(path)
     save_json(hashes, folder/'manifest.json')
 
-# %% ../nbs/01_models.ipynb #0f3dcb87
+# %% ../nbs/01_models.ipynb #08ea9972
+def _check_file(folder: Path, name: str, expected: str): # expected hash
+    "Raise OSError if a file is missing or differs."
+    found = sha256(folder/name) if (folder/name).exists() else 'nothing'
+    if found == expected: return
+    problem = f'{name} is damaged: expected sha256 {expected}, found {found}'
+    raise OSError(f'{problem}; reinstall lasro or run `make retrain`')
+
+# %% ../nbs/01_models.ipynb #349d2d21
 def check_manifest(folder: Path):
     "Raise FileNotFoundError without a manifest, OSError if one of its files is missing or differs."
     if not (folder/'manifest.json').exists():
         raise FileNotFoundError(f'no weights in {folder}: reinstall lasro or run `make retrain`')
-    for name, expected in load_json(folder/'manifest.json').items():
-        found = sha256(folder/name) if (folder/name).exists() else 'nothing'
-        if found == expected: continue
-        problem = f'{name} is damaged: expected sha256 {expected}, found {found}'
-        raise OSError(f'{problem}; reinstall lasro or run `make retrain`')
+    for name, expected in load_json(folder/'manifest.json').items(): _check_file(folder, name, expected)
 
 # %% ../nbs/01_models.ipynb #488a7661
 def _pipeline_folder(folder: Path | str) -> Path:
@@ -60,7 +64,15 @@ def _pipeline_folder(folder: Path | str) -> Path:
     embedded = ASSETS/folder
     return embedded if embedded.is_dir() else Path(folder)
 
-# %% ../nbs/01_models.ipynb #73e34a1f
+# %% ../nbs/01_models.ipynb #5480287c
+def _check_pipeline(folder: Path):
+    "Raise OSError if the folder holds no pipeline, or not the one of its manifest."
+    embedded = folder.parent == ASSETS
+    if embedded or (folder/'manifest.json').exists(): check_manifest(folder)
+    if not (folder/'model_index.json').exists():
+        raise FileNotFoundError(f'{folder} holds no diffusers pipeline: no model_index.json')
+
+# %% ../nbs/01_models.ipynb #efbb6adf
 def load_pipeline(
     folder: Path | str = 'shapes', # an embedded world, or a folder with an SDXL-format pipeline
     device='cpu',
@@ -68,10 +80,7 @@ def load_pipeline(
 ) -> StableDiffusionXLPipeline:
     "Load a pipeline. Raises OSError if a file differs from the folder's manifest."
     folder = _pipeline_folder(folder)
-    embedded = folder.parent == ASSETS
-    if embedded or (folder/'manifest.json').exists(): check_manifest(folder)
-    if not (folder/'model_index.json').exists():
-        raise FileNotFoundError(f'{folder} holds no diffusers pipeline: no model_index.json')
+    _check_pipeline(folder)
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False)
@@ -146,7 +155,7 @@ def check_prompts(prompts: list[str], tokenizer: CLIPTokenizer):
         if problem:
             raise ValueError(f'prompt {i} {problem}')
 
-# %% ../nbs/01_models.ipynb #5fe0a080
+# %% ../nbs/01_models.ipynb #2315a83b
 @dataclass(repr=False)
 class Conditioning:
     "Encoded prompts."
@@ -157,12 +166,17 @@ class Conditioning:
     def __len__(self): return len(self.pooled)
     def __getitem__(self, i): return self._apply(lambda v: v[i])
     def to(self, *args, **kwargs): return self._apply(lambda v: v.to(*args, **kwargs))
-    def _apply(self, f):
-        tensors = {k: v for k, v in vars(self).items() if v is not None}
-        return Conditioning(**{k: f(v) for k, v in tensors.items()})
-    def __repr__(self):
-        shapes = [f'{k}={tuple(v.shape)}' for k, v in vars(self).items() if v is not None]
-        return f"Conditioning({', '.join(shapes)})"
+
+# %% ../nbs/01_models.ipynb #9753b86c
+@patch
+def _apply(self: Conditioning, f):
+    tensors = {k: v for k, v in vars(self).items() if v is not None}
+    return Conditioning(**{k: f(v) for k, v in tensors.items()})
+
+@patch
+def __repr__(self: Conditioning):
+    shapes = [f'{k}={tuple(v.shape)}' for k, v in vars(self).items() if v is not None]
+    return f"Conditioning({', '.join(shapes)})"
 
 # %% ../nbs/01_models.ipynb #173bab19
 @patch
@@ -188,7 +202,13 @@ def _native_size_ids(pipe, n: int) -> torch.Tensor: # (n, 6)
     ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=pipe.device)
     return ids.expand(n, 6)
 
-# %% ../nbs/01_models.ipynb #93dddeb1
+# %% ../nbs/01_models.ipynb #22969563
+def _encode_batch(pipe, prompts: list[str]) -> Conditioning:
+    "Encode prompts by the pipeline's own method."
+    encoded = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
+    return Conditioning(encoded[0], encoded[2])
+
+# %% ../nbs/01_models.ipynb #fdf4bc33
 @torch.no_grad()
 def encode_prompts(
     pipe: StableDiffusionXLPipeline,
@@ -198,17 +218,11 @@ def encode_prompts(
 ) -> Conditioning:
     "Encode prompts as the pipeline does. Raises ValueError for one that cannot be read."
     check_prompts(prompts, pipe.tokenizer)
-    embeds = []
-    pooled = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start:start+batch_size]
-        text, _, summary, _ = pipe.encode_prompt(batch, device=pipe.device,
-                                                 do_classifier_free_guidance=False)
-        embeds.append(text)
-        pooled.append(summary)
-    cond = Conditioning(torch.cat(embeds), torch.cat(pooled), _native_size_ids(pipe, len(prompts)))
-    if guidance_scale is not None:
-        cond.guidance = cond.time_ids.new_full((len(prompts),), guidance_scale)
+    n = len(prompts)
+    starts = range(0, n, batch_size)
+    cond = Conditioning.cat([_encode_batch(pipe, prompts[i:i+batch_size]) for i in starts])
+    cond.time_ids = _native_size_ids(pipe, n)
+    if guidance_scale is not None: cond.guidance = cond.time_ids.new_full((n,), guidance_scale)
     return cond
 
 # %% ../nbs/01_models.ipynb #383234d3
@@ -352,20 +366,24 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]: # tenso
         raise OSError(f'{path} is damaged: its checksum does not match')
     return tensors, meta
 
-# %% ../nbs/01_models.ipynb #18dd7a48
+# %% ../nbs/01_models.ipynb #b5b4878a
+def _optimizer_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
+    "Return the moments of each weight, by the number of the weight."
+    state = {}
+    for index, moments in optimizer.state_dict()['state'].items():
+        for name, value in moments.items(): state[f'{prefix}{index}.{name}'] = torch.as_tensor(value)
+    return state
+
+# %% ../nbs/01_models.ipynb #87491566
 def training_state(
     module: nn.Module,
     optimizer: torch.optim.Optimizer, # of the module's trained weights
     prefix: str = ''                  # of every name
 ) -> dict[str, torch.Tensor]:
     "Return the trained weights and the optimiser's state."
-    state = {}
-    for name, p in module.named_parameters():
-        if p.requires_grad: state[f'{prefix}weight.{name}'] = p
-    for index, moments in optimizer.state_dict()['state'].items():
-        for name, value in moments.items():
-            state[f'{prefix}optimizer.{index}.{name}'] = torch.as_tensor(value)
-    return state
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    state = {f'{prefix}weight.{name}': p for name, p in trained}
+    return state | _optimizer_state(optimizer, f'{prefix}optimizer.')
 
 # %% ../nbs/01_models.ipynb #2defaf2c
 def gathered(
@@ -385,7 +403,18 @@ def shared_as(
     if not isinstance(like, DTensor) or tensor.shape != like.shape: return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
-# %% ../nbs/01_models.ipynb #74b5e78c
+# %% ../nbs/01_models.ipynb #0a7d8c91
+def _restored_moments(tensors: dict, params: list[nn.Parameter], prefix: str) -> dict[int, dict]:
+    "Return the optimiser's moments by the number of the weight, divided as the weights are."
+    state = {}
+    for key in tensors:
+        if not key.startswith(prefix): continue
+        index, name = key.removeprefix(prefix).split('.')
+        moments = state.setdefault(int(index), {})
+        moments[name] = shared_as(tensors[key].clone(), params[int(index)])
+    return state
+
+# %% ../nbs/01_models.ipynb #3ad35c2b
 def restore_training_state(
     tensors: dict[str, torch.Tensor], # whole, of `training_state`
     module: nn.Module,
@@ -393,16 +422,10 @@ def restore_training_state(
     prefix: str = ''
 ):
     "Load what `training_state` returned."
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.requires_grad: p.copy_(shared_as(tensors[f'{prefix}weight.{name}'], p))
+        for name, p in trained: p.copy_(shared_as(tensors[f'{prefix}weight.{name}'], p))
     params = [p for group in optimizer.param_groups for p in group['params']]
-    start = f'{prefix}optimizer.'
-    state = {}
-    for key, value in tensors.items():
-        if not key.startswith(start): continue
-        index, name = key.removeprefix(start).split('.')
-        moments = state.setdefault(int(index), {})
-        moments[name] = shared_as(value.clone(), params[int(index)])
+    state = _restored_moments(tensors, params, f'{prefix}optimizer.')
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict(dict(state=state, param_groups=groups))

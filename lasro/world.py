@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-# %% ../nbs/03_world.ipynb #8dba3882
+# %% ../nbs/03_world.ipynb #7012b4c2
 @dataclass(frozen=True, eq=False, repr=False)
 class World:
     "One kind of images: how they are made, asked for, scored and measured."
