@@ -34,6 +34,7 @@ class BaselineOptions(Options):
     adv_clip: float = option(10., 0.)     # greatest advantage; published
     history: int = option(32, 1)          # rewards of a prompt that count; published 16 or 32
     min_count: int = option(6, 1)         # with fewer the batch's statistics serve; published 16
+    inner_epochs: int = option(1, 1)      # passes over a round's batch; published 1
     # diffusion_dpo
     dpo_beta: float = option(20., 0.)     # published 5000, for latents 64 times as large
     # pso
@@ -312,7 +313,9 @@ def clip_range(self: RLCM) -> float:
 def draw_rows(self: RLCM, k: int, i: int) -> torch.Tensor:
     "Return part i of the batch."
     n = len(self.batch['prompt'])
-    parts = torch.arange(n).split(-(-n//self.options.generator_steps))
+    o = self.options
+    n_parts = max(1, o.generator_steps//o.inner_epochs)
+    parts = torch.arange(n).split(-(-n//n_parts))
     rows = parts[i % len(parts)]
     self.task.budget.forward(len(rows)*len(self.transitions()), backward=True)
     return rows

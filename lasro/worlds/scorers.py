@@ -78,13 +78,17 @@ def _student_pictures(pipe, cond, noise, injected, num_steps: int) -> torch.Tens
     z = [sample(pipe, cond[i], noise[i], injected[:, i], num_steps).final for i in batches]
     return decode(pipe.vae, torch.cat(z))
 
-# %% ../../nbs/worlds/06_scorers.ipynb #192e24fa
+# %% ../../nbs/worlds/06_scorers.ipynb #2c193b1f
 @torch.no_grad()
-def step_pictures(pipe, n: int) -> tuple[dict[int, torch.Tensor], list[str]]:
+def step_pictures(
+    pipe,
+    n: int,                   # pictures of each sort
+    name: str = 'preference', # of the random stream; another name gives another judge
+) -> tuple[dict[int, torch.Tensor], list[str]]:
     "Return the student's pictures by number of steps, the right renders as number 0, and captions."
-    scenes, texts = scene_batch('preference samples', 0, n)
+    scenes, texts = scene_batch(f'{name} samples', 0, n)
     cond = encode_prompts(pipe, texts)
-    noise, injected = _eight_step_noise(n, 'preference samples')
+    noise, injected = _eight_step_noise(n, f'{name} samples')
     pictures = {0: render(scenes)}
     for k in (1, 2, 8): pictures[k] = _student_pictures(pipe, cond, noise, injected, k)
     return pictures, texts
@@ -108,24 +112,25 @@ def _as_decoded(vae: AutoencoderKL, right, wrong) -> tuple[torch.Tensor, torch.T
     "Encode and decode both sets of pictures."
     return decode(vae, encode_images(vae, torch.cat([right, wrong]))).chunk(2)
 
-# %% ../../nbs/worlds/06_scorers.ipynb #221f0d7b
-def _right_and_wrong(vae: AutoencoderKL, step: int, n: int, g: torch.Generator) -> tuple:
+# %% ../../nbs/worlds/06_scorers.ipynb #138d5492
+def _right_and_wrong(vae: AutoencoderKL, name: str, step: int, n: int, g: torch.Generator) -> tuple:
     "Return pictures of `n` scenes, of the same scenes with one change, and captions."
-    scenes, texts = scene_batch('preference', step, n)
+    scenes, texts = scene_batch(name, step, n)
     right, wrong = render(scenes), render(_near_miss(scenes, g))
     if step % 2: right, wrong = _as_decoded(vae, right, wrong)
     return right, wrong, texts
 
-# %% ../../nbs/worlds/06_scorers.ipynb #466696d6
+# %% ../../nbs/worlds/06_scorers.ipynb #b92b82ce
 def preference_pairs(
     samples: tuple[dict, list], # of `step_pictures`
     vae: AutoencoderKL,
-    step: int, # number of the update
-    n: int = 24, # comparisons of each of six sorts
+    step: int,                # number of the update
+    n: int = 24,              # comparisons of each of six sorts
+    name: str = 'preference', # of the random stream
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]: # winners, losers, captions
     "Make one batch of comparisons."
-    g = generator(0, 'preference', step)
-    right, wrong, texts = _right_and_wrong(vae, step, n, g)
+    g = generator(0, name, step)
+    right, wrong, texts = _right_and_wrong(vae, name, step, n, g)
     rows = torch.randint(len(samples[1]), (n,), generator=g)
     won, lost = _built_pairs(right, wrong, g)
     more_won, more_lost, more_texts = _drawn_pairs(samples, rows)

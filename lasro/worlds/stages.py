@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISTILL_SIZES', 'DistillSizes', 'train_towers', 'train_vae', 'untrained_pipeline', 'complete_data', 'train_teacher',
-           'train_student', 'train_scorers', 'train_web', 'export_pipeline', 'headroom_table', 'world_model_card']
+           'train_student', 'train_scorers', 'train_second_judge', 'train_web', 'export_pipeline', 'headroom_table',
+           'world_model_card']
 
 # %% ../../nbs/worlds/07_stages.ipynb #84d09c6d
 import copy
@@ -155,14 +156,20 @@ def train_student(teacher, data, folder: Path, sizes: DistillSizes):
     student, path = copy.deepcopy(teacher), folder/'student.safetensors'
     return _fit_student(student, teacher, data, sizes.student, lr=6e-4, path=path)
 
-# %% ../../nbs/worlds/07_stages.ipynb #93c20d54
-def _fit_preference(model: PreferenceModel, pipe, folder: Path, sizes: DistillSizes):
-    "Train the preference model on comparisons."
-    samples = step_pictures(pipe, sizes.preference_prompts)
+# %% ../../nbs/worlds/07_stages.ipynb #4b9643dd
+def _fit_preference(
+    model: PreferenceModel,
+    pipe,
+    folder: Path,
+    sizes: DistillSizes,
+    name: str = 'preference' # of the random stream and of the checkpoint
+) -> PreferenceModel:
+    "Train a preference model on comparisons."
+    samples = step_pictures(pipe, sizes.preference_prompts, name)
     def loss(step, average):
-        pairs = preference_pairs(samples, pipe.vae, step)
+        pairs = preference_pairs(samples, pipe.vae, step, name=name)
         return preference_loss(model, pipe.tokenizer, *pairs)
-    trained = fit(model, loss, sizes.preference, 1e-3, folder/'preference.safetensors')
+    trained = fit(model, loss, sizes.preference, 1e-3, folder/f'{name}.safetensors')
     return _standardised(trained, pipe.tokenizer, samples)
 
 # %% ../../nbs/worlds/07_stages.ipynb #2cd7f591
@@ -187,6 +194,13 @@ def train_scorers(pipe, folder: Path, sizes: DistillSizes) -> tuple[PreferenceMo
     net = FeatureNet()
     preference = _fit_preference(model, pipe, folder, sizes)
     return preference, _fit_features(net, folder, sizes)
+
+# %% ../../nbs/worlds/07_stages.ipynb #5561be62
+def train_second_judge(pipe, folder: Path, sizes: DistillSizes) -> PreferenceModel:
+    "Train a preference model that differs from the first in everything random."
+    torch.manual_seed(4)
+    model = PreferenceModel(len(pipe.tokenizer))
+    return _fit_preference(model, pipe, folder, sizes, 'second judge')
 
 # %% ../../nbs/worlds/07_stages.ipynb #6060fac1
 def _web_data(pipe, sizes: DistillSizes, kinds: tuple):
@@ -247,12 +261,19 @@ def _tidy_configs(folder: Path):
     for name in ('tokenizer', 'tokenizer_2'):
         _edit_json(folder/name/'tokenizer_config.json', drop=('is_local', 'local_files_only'))
 
-# %% ../../nbs/worlds/07_stages.ipynb #401b623f
-def export_pipeline(pipe, teacher, vision, preference, features, folder: Path):
+# %% ../../nbs/worlds/07_stages.ipynb #c0db6f74
+def export_pipeline(
+    pipe,
+    teacher,      # its UNet
+    vision,       # tower of the embedded CLIP
+    judges: dict, # name of the file: PreferenceModel
+    features,     # network of the evaluation
+    folder: Path
+):
     "Write the pipeline and its companions in half precision, with a manifest."
     _save_networks(pipe, teacher, vision, folder)
     _tidy_configs(folder)
-    save_module(preference, folder/'preference'/'preference.safetensors')
+    for name, judge in judges.items(): save_module(judge, folder/'preference'/f'{name}.safetensors')
     save_module(features, folder/'features'/'features.safetensors')
     write_manifest(folder)
 
@@ -298,7 +319,7 @@ def headroom_table(
     rows += _teacher_rows(pipe, teacher, *evaluated)
     return pd.DataFrame(rows).round(4)
 
-# %% ../../nbs/worlds/07_stages.ipynb #cd52f93a
+# %% ../../nbs/worlds/07_stages.ipynb #0e9ae32f
 _CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -306,7 +327,7 @@ library_name: diffusers
 # The shapes pipeline
 
 An SDXL-format latent consistency model of rendered scenes, with its teacher (`teacher_unet`), a
-vision tower (`clip_vision`), a preference model and evaluation features. Everything was trained
+vision tower (`clip_vision`), two preference models and evaluation features. Everything was trained
 from nothing on pictures that `lasro.worlds.shapes` renders. Notebooks 05 to 07 of `nbs/worlds` define
 the training; `make retrain` repeats it. The model knows coloured shapes and nothing else.
 
