@@ -6,7 +6,7 @@
 __all__ = ['log', 'PROBE_EVERY', 'HackingAlarm', 'note_alarm', 'first_alarms', 'draw_latents', 'probe', 'save_metrics',
            'start_trackers', 'log_row', 'save_samples', 'save_trained', 'snapshot']
 
-# %% ../nbs/10_monitor.ipynb #71e6e411
+# %% ../nbs/10_monitor.ipynb #b9106ce0
 import logging
 import math
 from collections import defaultdict
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .core import atomic_path, save_csv, save_json, show_images
 from .evaluation import fid, moments
 from .models import decode, gathered, save_lora, save_weights
-from .rewards import RewardError
+from .rewards import Reward, RewardError, WeightedSum
 from .sampling import sample
 from .task import Task
 
@@ -148,7 +148,13 @@ def _held_out_scores(task: Task, images: torch.Tensor, texts: list[str]) -> torc
     try: return task.held_out(images, texts)[0].float().to(task.device)
     except RewardError: return torch.full((len(images),), torch.nan, device=task.device)
 
-# %% ../nbs/10_monitor.ipynb #2ce3eae9
+# %% ../nbs/10_monitor.ipynb #26ed1281
+def _parts(reward: Reward, info: dict) -> dict[str, torch.Tensor]: # column: rewards (B,)
+    "Return what the parts of a sum said; empty for another reward."
+    if not isinstance(reward, WeightedSum): return {}
+    return {f'reward/{part}': rewards for part, rewards in info['parts'].items()}
+
+# %% ../nbs/10_monitor.ipynb #77c274d3
 def _measure(
     task: Task,
     prompt: torch.Tensor,        # (n,), index of the training prompts
@@ -159,7 +165,9 @@ def _measure(
     for z, i in drawn:
         images = decode(task.pipe.vae, z)
         texts = [task.texts[p] for p in prompt[i].tolist()]
-        found['reward'].append(task.reward(images, texts)[0].float().to(task.device))
+        reward, info = task.reward(images, texts)
+        found['reward'].append(reward.float().to(task.device))
+        for name, x in _parts(task.reward, info).items(): found[name].append(x.to(task.device))
         if task.held_out: found['held_out'].append(_held_out_scores(task, images, texts))
         if task.world.features: found['features'].append(task.features(images))
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -171,11 +179,13 @@ def _summary(name: str, scores: torch.Tensor) -> dict: # empty if no score could
     if not len(known): return {}
     return {name: float(known.mean()), f'{name}_std': float(known.std(correction=0))}
 
-# %% ../nbs/10_monitor.ipynb #24ccff94
+# %% ../nbs/10_monitor.ipynb #30824735
 def _point(task: Task, found: dict[str, torch.Tensor] # of `_measure`, all processes
           ) -> dict:
     "Summarise one point of the curve."
     out = _summary('probe_reward', found['reward'])
+    for name in found:
+        if name.startswith('reward/'): out |= _summary(name, found[name])
     if 'held_out' in found: out |= _summary('probe_held_out', found['held_out'])
     if 'features' in found and len(found['features']) > 1:
         out['probe_fid'] = fid(*moments(found['features'].cpu().numpy()), task.world)
