@@ -6,7 +6,7 @@
 __all__ = ['log', 'BaselineOptions', 'reward_calls', 'part_size', 'Baseline', 'log_prob', 'PerPromptStatTracker', 'ddpo_loss',
            'ratio_numbers', 'RLCM', 'RLCMDropped', 'gors_weights', 'GORS']
 
-# %% ../nbs/13_baselines.ipynb #297de85b
+# %% ../nbs/13_baselines.ipynb #538d5ed1
 import logging
 import math
 from dataclasses import dataclass
@@ -135,18 +135,21 @@ def collect(self: Baseline, j: int) -> tuple[dict, torch.Tensor]: # samples; fea
     found = {name: t.gather(x, n).cpu() for name, x in found.items()}
     return found | dict(prompt=prompt[order]), t.gather(features, n).cpu()[order.argsort()]
 
-# %% ../nbs/13_baselines.ipynb #6746a233
+# %% ../nbs/13_baselines.ipynb #d5a8522d
 @patch
 def collect_batch(self: Baseline, j: int) -> dict: # numbers to log
     "Collect batch j and keep what `store` wants of it."
     if not self.n_visits(j): return {}
     found, features = self.collect(j)
+    known = self.task.known(found['rewards'][:, None])
+    found = {name: x[known] for name, x in found.items()}
     self.store(found, j)
     winners, _, _ = ordered_pairs(found['rewards'], found['prompt'], 0)
     if j == 0 and not len(winners):
         log.warning('%s gives all samples of each prompt the same reward: '
                     'there is nothing to learn from yet', self.task.reward.name)
     row = dict(reward=float(found['rewards'].mean()))
+    if self.task.reward.on_nan == 'skip': row['skipped'] = len(known)-int(known.sum())
     n = self.options.n_noises
     if not features.shape[1] or n < 2: return row
     groups = features.view(-1, n, features.shape[1])

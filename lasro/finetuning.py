@@ -203,14 +203,19 @@ def _model_of(task: Task) -> dict:
     name = unet.config.get('_name_or_path', '')
     return dict(model=name, latent=list(task.noise_shape), dtype=str(unet.dtype))
 
-# %% ../nbs/15_finetuning.ipynb #940d522b
+# %% ../nbs/15_finetuning.ipynb #1914b4ef
+def _reward_of(task: Task) -> dict:
+    "Return which reward is trained on, with its options."
+    if task.reward is None: return dict(reward='none', reward_options={})
+    return dict(reward=task.reward.name, reward_options=task.reward.options)
+
+# %% ../nbs/15_finetuning.ipynb #be9596f7
 def _identity(task: Task, arm: str) -> dict:
     "Return what a resumed run must have in common with the one that was interrupted."
     options = {name: v for name, v in asdict(task.options).items() if name not in MAY_CHANGE}
     texts = hashlib.sha256('\n'.join(task.texts).encode()).hexdigest()[:16]
-    reward = task.reward.name if task.reward else 'none'
-    run = dict(arm=arm, seed=task.seed, reward=reward, prompts=texts, world=task.world.name)
-    return run | _model_of(task) | options
+    run = dict(arm=arm, seed=task.seed, prompts=texts, world=task.world.name)
+    return run | _reward_of(task) | _model_of(task) | options
 
 # %% ../nbs/15_finetuning.ipynb #49cb33ca
 def _check_same_run(out: Path, asked: dict, writes: bool # False in all processes but one
@@ -226,16 +231,16 @@ def _check_same_run(out: Path, asked: dict, writes: bool # False in all processe
         raise ValueError(f'{message}: give another folder or force=True')
     if writes: save_json(asked, path)
 
-# %% ../nbs/15_finetuning.ipynb #a4a4cc65
+# %% ../nbs/15_finetuning.ipynb #c1b6d893
 def _record(task: Task, rows: list[dict] # of metrics
            ) -> dict:
     "Return the record of a finished run."
-    run = dict(reward=task.reward.name if task.reward else 'none', world=task.world.name,
+    run = dict(world=task.world.name,
                num_steps=task.num_steps, seed=task.seed, n_prompts=len(task.texts),
                rounds=max(0, len(rows)-1), processes=task.accelerator.num_processes)
     made = dict(parameters=asdict(task.options), environment=environment(),
                 alarms=first_alarms(rows))
-    return run | made | task.budget.record()
+    return _reward_of(task) | run | made | task.budget.record()
 
 # %% ../nbs/15_finetuning.ipynb #becee4b4
 def _finish(
@@ -266,10 +271,10 @@ def _train(task: Task, arm: str, out: Path | None, force: bool) -> list[dict]: #
     start_trackers(task, asdict(task.options) | dict(arm=arm, seed=task.seed))
     return train(method, out)
 
-# %% ../nbs/15_finetuning.ipynb #bbc2b348
+# %% ../nbs/15_finetuning.ipynb #5c59c513
 def finetune(
     pipe: StableDiffusionXLPipeline, # a few-step model of the SDXL family
-    reward,                        # a name, 'module:function', a callable or a Reward
+    reward,                        # what `load_reward` takes: a name, a function, weights, ...
     prompts,                       # a list of training prompts, or a text file
     out: Path | str | None = None, # folder of everything that is written; None keeps nothing
     arm: str = 'lasro',            # one of `ARMS`

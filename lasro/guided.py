@@ -33,7 +33,7 @@ def pair_kl(
     entropy = F.binary_cross_entropy_with_logits(e, p, reduction='none')
     return (cross-entropy).mean(1)
 
-# %% ../nbs/14_guided.ipynb #4fbd77f0
+# %% ../nbs/14_guided.ipynb #0d43088b
 class RewardGuided(Baseline):
     "After RG-LCD: LCM loss and a proxy's reward on one-step predictions (nbs/methods.ipynb, 3.6)."
     def __init__(self, task: Task):
@@ -157,7 +157,7 @@ def _accuracy(self: RewardGuided, new: dict # of `collect_sets`
     rewards = new['rewards'].flatten()
     return self.proxy(rank_accuracy, self.proxy.network, latents, cond, rewards, group)
 
-# %% ../nbs/14_guided.ipynb #b8c1cfb3
+# %% ../nbs/14_guided.ipynb #36ccbb2e
 @patch
 def collect_batch(self: RewardGuided, j: int) -> dict: # numbers to log
     "Collect as many sets as the calls so far allow, then train the proxy."
@@ -165,11 +165,14 @@ def collect_batch(self: RewardGuided, j: int) -> dict: # numbers to log
     m = self._n_sets(j)
     if not m: return {}
     new = self.collect_sets(j, m)
+    known = self.task.known(new['rewards'])
+    new = {name: x[known] for name, x in new.items()}
     accuracy = self._accuracy(new)
     self.remember(new, o.buffer//4)
     losses = self.train_proxy(j, o.surrogate_steps if j else o.pretrain_steps)
     r = new['rewards']
     row = dict(reward=float(r[:, 3].mean()), reward_one_step=float(r[:, 0].mean()))
+    if self.task.reward.on_nan == 'skip': row['skipped'] = m-len(r)
     return row | dict(rank_accuracy=accuracy, proxy_loss=sum(losses)/max(1, len(losses)))
 
 # %% ../nbs/14_guided.ipynb #0649c5b7
@@ -215,13 +218,15 @@ def restore(self: RewardGuided, tensors: dict # of `state`
     Baseline.restore(self, tensors)
     self.proxy.restore(tensors, 'proxy.')
 
-# %% ../nbs/14_guided.ipynb #b50c27e8
+# %% ../nbs/14_guided.ipynb #b2aa231f
 class Direct(Baseline):
     "Back-propagate the true reward through decoder and all steps (nbs/methods.ipynb, 3.7)."
     def __init__(self, task: Task):
         if not task.reward.differentiable:
             raise ValueError(f'direct is not defined for {task.reward.name}, which states no gradient: '
                              'set differentiable=True on a reward that has one')
+        if task.reward.on_nan == 'skip':
+            raise ValueError(f"direct needs a reward for every picture: {task.reward.name} has on_nan='skip'")
         super().__init__(task)
         o, n = self.options, task.num_steps
         weights = [o.c1]*(n-1)+[o.c2]

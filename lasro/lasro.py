@@ -68,7 +68,7 @@ def move(self: ScoreNormaliser, scores: torch.Tensor # of a finished update
     now = self.statistics(scores)
     self.stats = now if self.stats is None else torch.lerp(now, self.stats.to(now), self.decay)
 
-# %% ../nbs/12_lasro.ipynb #38cf232e
+# %% ../nbs/12_lasro.ipynb #e963abf3
 class LaSRO(Arm):
     "Latent-space surrogate reward optimisation (nbs/methods.ipynb, 2)."
     def __init__(self, task: Task):
@@ -149,7 +149,7 @@ def _known_prompts(self: LaSRO) -> torch.Tensor: # indices
     if self.buffer.samples is None: return torch.arange(len(self.task.texts))
     return self.buffer.samples.prompt.unique()
 
-# %% ../nbs/12_lasro.ipynb #34823038
+# %% ../nbs/12_lasro.ipynb #4a244a47
 @patch
 def collect(
     self: LaSRO,
@@ -164,7 +164,9 @@ def collect(
     found, features = self.explore(prompt, g)
     t.budget.reward(len(found))
     t.budget.forward(len(found))
-    return found, features
+    if t.reward.on_nan == 'raise': return found, features
+    known = t.known(found.rewards.view(t.num_steps, -1).T)
+    return found[known.repeat(t.num_steps)], features
 
 # %% ../nbs/12_lasro.ipynb #4cb96c41
 def _deal_prompts(
@@ -278,7 +280,7 @@ def rank_correlation(
         if varied: rho.append(spearmanr(a, b).statistic)
     return float(sum(rho)/len(rho)) if rho else float('nan')
 
-# %% ../nbs/12_lasro.ipynb #13fe8437
+# %% ../nbs/12_lasro.ipynb #ba17d51e
 @patch
 def health(
     self: LaSRO,
@@ -292,6 +294,7 @@ def health(
     rho = rank_correlation(self.score(found)[last], fresh.rewards, fresh.prompt)
     row = dict(reward=float(fresh.rewards.mean()),
                reward_first=float(found.rewards[found.step == 0].mean()), rank_correlation=rho)
+    if self.task.reward.on_nan == 'skip': row['skipped'] = len(features)-len(fresh)
     if not features.shape[1] or n < 2: return row
     groups = features.view(-1, n, features.shape[1])
     return row | dict(diversity=diversity(groups, self.task.world))

@@ -20,11 +20,11 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-# %% ../nbs/10_monitor.ipynb #1c4952cc
+# %% ../nbs/10_monitor.ipynb #15185e5a
 from .core import atomic_path, save_csv, save_json, show_images
 from .evaluation import fid, moments
 from .models import decode, gathered, save_lora, save_weights
-from .rewards import RewardError
+from .rewards import Reward, RewardError, WeightedSum
 from .sampling import sample
 from .task import Task
 
@@ -159,10 +159,18 @@ def _held_out_scores(task: Task, images: torch.Tensor, texts: list[str]) -> torc
     try: return task.held_out(images, texts)[0].float().to(task.device)
     except RewardError: return torch.full((len(images),), torch.nan, device=task.device)
 
-# %% ../nbs/10_monitor.ipynb #53972dcc
+# %% ../nbs/10_monitor.ipynb #26ed1281
+def _parts(reward: Reward, info: dict) -> dict[str, torch.Tensor]: # column: rewards (B,)
+    "Return what the parts of a sum said; empty for another reward."
+    if not isinstance(reward, WeightedSum): return {}
+    return {f'reward/{part}': rewards for part, rewards in info['parts'].items()}
+
+# %% ../nbs/10_monitor.ipynb #2cbaa264
 def _measure_batch(task: Task, images: torch.Tensor, texts: list[str]) -> dict[str, torch.Tensor]:
     "Measure pictures of these prompts."
-    found = dict(reward=task.reward(images, texts)[0].float().to(task.device))
+    reward, info = task.reward(images, texts)
+    found = dict(reward=reward.float().to(task.device))
+    for name, x in _parts(task.reward, info).items(): found[name] = x.to(task.device)
     if task.held_out: found['held_out'] = _held_out_scores(task, images, texts)
     if task.world.features: found['features'] = task.features(images)
     return found
@@ -188,11 +196,13 @@ def _summary(name: str, scores: torch.Tensor) -> dict: # empty if no score could
     if not len(known): return {}
     return {name: float(known.mean()), f'{name}_std': float(known.std(correction=0))}
 
-# %% ../nbs/10_monitor.ipynb #24ccff94
+# %% ../nbs/10_monitor.ipynb #30824735
 def _point(task: Task, found: dict[str, torch.Tensor] # of `_measure`, all processes
           ) -> dict:
     "Summarise one point of the curve."
     out = _summary('probe_reward', found['reward'])
+    for name in found:
+        if name.startswith('reward/'): out |= _summary(name, found[name])
     if 'held_out' in found: out |= _summary('probe_held_out', found['held_out'])
     if 'features' in found and len(found['features']) > 1:
         out['probe_fid'] = fid(*moments(found['features'].cpu().numpy()), task.world)

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['RewardError', 'first_line', 'check_rewards', 'Reward', 'jpeg_kb', 'compressibility', 'incompressibility',
-           'import_function', 'load_reward']
+           'WeightedSum', 'weighted_sum', 'PendingSum', 'ServedReward', 'served_reward', 'import_function',
+           'load_reward']
 
-# %% ../nbs/04_rewards.ipynb #330f44a8
-import importlib, io, math
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+# %% ../nbs/04_rewards.ipynb #c3dc326b
+import importlib, inspect, io, json, math
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from PIL import Image
 
+from .client import RewardServer
 from .world import World, load_world
 
 # %% ../nbs/04_rewards.ipynb #9f47cc42
@@ -36,12 +39,13 @@ def _as_tensor(rewards):
         return torch.stack([torch.as_tensor(r) for r in rewards])
     return torch.as_tensor(rewards)
 
-# %% ../nbs/04_rewards.ipynb #b4000dcd
+# %% ../nbs/04_rewards.ipynb #7efa6100
 def check_rewards(
-    name: str,           # of the reward, for the message
-    rewards,             # what its function returned
-    images: torch.Tensor # (B, 3, H, W), what it scored
-) -> torch.Tensor: # (B,) float, finite, on the device of `images`
+    name: str,            # of the reward, for the message
+    rewards,              # what its function returned
+    images: torch.Tensor, # (B, 3, H, W), what it scored
+    on_nan: str = 'raise' # or 'skip', which lets nan pass
+) -> torch.Tensor: # (B,) float, on the device of `images`
     "Convert what a reward returned. Raises RewardError for the first bad sample."
     try: values = _as_tensor(rewards).to(images.device, torch.float32)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -51,13 +55,14 @@ def check_rewards(
     if values.shape != (len(images),):
         shape = tuple(values.shape)
         raise RewardError(f'reward {name!r} returned shape {shape} for {len(images)} images')
-    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    wrong = values.isinf() if on_nan == 'skip' else ~values.isfinite()
+    bad = wrong.nonzero().flatten().tolist()
     if bad:
         value = float(values[bad[0]])
         raise RewardError(f'reward {name!r} returned {value} for sample {bad[0]}')
     return values
 
-# %% ../nbs/04_rewards.ipynb #aeaade4e
+# %% ../nbs/04_rewards.ipynb #eabc99bc
 @dataclass(frozen=True)
 class Reward:
     "A named reward. Call it as `reward(images, prompts)`."
@@ -67,6 +72,12 @@ class Reward:
     differentiable: bool = False     # with respect to the images
     held_out: str | None = None      # a reward that is watched while this one is trained
     readable: Callable | None = field(default=None, repr=False) # prompt -> bool; None reads any
+    on_nan: str = 'raise'            # 'skip' leaves a sample out whose reward is nan
+    options: dict = field(default_factory=dict, hash=False) # a resumed run must have the same
+
+    def __post_init__(self):
+        if self.on_nan in ('raise', 'skip'): return
+        raise ValueError(f"on_nan is {self.on_nan!r} in reward {self.name!r}: give 'raise' or 'skip'")
 
 # %% ../nbs/04_rewards.ipynb #15d2fc08
 def _check_batch(name, images, prompts):
@@ -82,7 +93,7 @@ def _with_info(found):
     if not has_info: return found, {}
     return found[0], found[1] or {}
 
-# %% ../nbs/04_rewards.ipynb #b96dc3f6
+# %% ../nbs/04_rewards.ipynb #7d7ae5fc
 @patch
 def __call__(
     self: Reward,
@@ -98,7 +109,7 @@ def __call__(
             message = f'reward {self.name!r} raised {type(e).__name__}: {first_line(e)}'
             raise RewardError(message) from e
         rewards, info = _with_info(found)
-        return check_rewards(self.name, rewards, images), info
+        return check_rewards(self.name, rewards, images, self.on_nan), info
 
 # %% ../nbs/04_rewards.ipynb #71bdc6e2
 @patch
@@ -147,6 +158,116 @@ def incompressibility(device='cpu') -> Reward:
     def fn(images, prompts, metadata): return jpeg_kb(images)
     return Reward('incompressibility', fn, (0, math.inf), held_out='image_reward')
 
+# %% ../nbs/04_rewards.ipynb #61eef94c
+@dataclass(frozen=True)
+class WeightedSum(Reward):
+    "Rewards that are added, each in units of its own standard deviation."
+    parts: tuple[Reward, ...] = ()
+    weights: tuple[float, ...] = ()
+    deviations: tuple[float, ...] = () # of the parts; () before `measured`
+
+# %% ../nbs/04_rewards.ipynb #e1e230b2
+def _sum_name(parts: list[Reward], weights: list[float]) -> str:
+    "Return a name such as `ocr+0.5*ink_match`."
+    terms = [p.name if w == 1 else f'{w:g}*{p.name}' for p, w in zip(parts, weights)]
+    return '+'.join(terms).replace('+-', '-')
+
+# %% ../nbs/04_rewards.ipynb #d2748d51
+def _check_weights(weights: dict):
+    "Raise ValueError unless there are weights, finite and not 0."
+    if not weights: raise ValueError("a sum of rewards needs parts, such as {'image_reward': 1}")
+    for name, w in weights.items():
+        number = isinstance(w, int | float) and not isinstance(w, bool)
+        if number and math.isfinite(w) and w: continue
+        raise ValueError(f'weight {w!r} of reward {name!r} is no finite number other than 0')
+
+# %% ../nbs/04_rewards.ipynb #bc4a8c04
+def weighted_sum(
+    parts: list[Reward],
+    weights: list[float] # finite, not 0
+) -> WeightedSum: # not yet measured
+    "Return the sum of rewards. Raises ValueError for a weight that is none."
+    names = [p.name for p in parts]
+    _check_weights(dict(zip(names, weights)))
+    def readable(prompt): return all(p.readable is None or p.readable(prompt) for p in parts)
+    held_out = [p.held_out for p in parts if p.held_out and p.held_out not in names]
+    return WeightedSum(
+        _sum_name(parts, weights), None,
+        differentiable=all(p.differentiable for p in parts),
+        held_out=held_out[0] if held_out else None,
+        readable=readable if any(p.readable for p in parts) else None,
+        on_nan='skip' if any(p.on_nan == 'skip' for p in parts) else 'raise',
+        options={p.name: p.options for p in parts if p.options},
+        parts=tuple(parts), weights=tuple(weights))
+
+# %% ../nbs/04_rewards.ipynb #e6851fab
+@patch
+def measured(
+    self: WeightedSum,
+    batches: Iterable[tuple] # images (B, 3, H, W) and B prompts
+) -> WeightedSum:
+    "Return the sum with its deviations. Raises ValueError for a part that never differs."
+    with torch.no_grad():
+        found = [[p(*batch)[0] for p in self.parts] for batch in batches]
+    deviations = []
+    for part, rewards in zip(self.parts, zip(*found)):
+        rewards = torch.cat(rewards)
+        known = rewards[rewards.isfinite()]
+        deviation = float(known.std(correction=0)) if len(known) else 0.
+        if deviation < 1e-8:
+            seen = f'reward {part.name!r} is the same for {len(known)} samples of the model'
+            raise ValueError(f'{seen}: leave it out of the sum')
+        deviations.append(float(f'{deviation:.3g}'))
+    options = self.options | dict(deviations=deviations)
+    return replace(self, deviations=tuple(deviations), options=options)
+
+# %% ../nbs/04_rewards.ipynb #a65d117c
+@patch
+def add(
+    self: WeightedSum,
+    found: list[tuple] # what each part returned
+) -> tuple[torch.Tensor, dict]: # rewards (B,); info: the parts' own rewards
+    "Add the parts. Raises RewardError if the deviations are unknown."
+    if not self.deviations:
+        raise RewardError(f'{self.name} knows no deviations yet: call measured([(images, prompts)])')
+    terms = zip(self.weights, self.deviations, found)
+    total = sum(w/deviation*rewards for w, deviation, (rewards, _) in terms)
+    return total, dict(parts={p.name: r.detach() for p, (r, _) in zip(self.parts, found)})
+
+# %% ../nbs/04_rewards.ipynb #118b3619
+@patch
+def __call__(self: WeightedSum, images, prompts, metadata=None) -> tuple: # rewards (B,), info
+    "Score images by all parts."
+    return self.add([p(images, prompts, metadata) for p in self.parts])
+
+# %% ../nbs/04_rewards.ipynb #2c7eee8e
+@dataclass(frozen=True)
+class PendingSum:
+    "The parts of a sum, perhaps not scored yet."
+    sum: WeightedSum
+    futures: list
+    def result(self) -> tuple[torch.Tensor, dict]: # rewards (B,), info
+        "Wait for all parts and add them."
+        return self.sum.add([future.result() for future in self.futures])
+
+@patch
+def submit(self: WeightedSum, images: torch.Tensor, prompts: list[str]) -> PendingSum:
+    "Submit the images to all parts."
+    return PendingSum(self, [p.submit(images, prompts) for p in self.parts])
+
+# %% ../nbs/04_rewards.ipynb #f0d389a9
+@dataclass(frozen=True)
+class ServedReward(Reward):
+    "A reward on a server."
+    pool: ThreadPoolExecutor | None = field(default=None, repr=False)
+    def submit(self, images: torch.Tensor, prompts: list[str]) -> Future:
+        "Ask the server from another thread."
+        return self.pool.submit(self, images, list(prompts))
+
+def served_reward(server: RewardServer) -> ServedReward:
+    "Return the reward that a server gives."
+    return ServedReward(server.url, server, pool=ThreadPoolExecutor(server.parallel))
+
 # %% ../nbs/04_rewards.ipynb #962d4add
 def import_function(path: str # 'module:function'
                    ) -> Callable:
@@ -160,36 +281,108 @@ def import_function(path: str # 'module:function'
         raise ValueError(f'reward {path!r} is {type(fn).__name__}, not a function')
     return fn
 
-# %% ../nbs/04_rewards.ipynb #b996d31c
+# %% ../nbs/04_rewards.ipynb #9123f094
 def _as_reward(
     fn: Callable, # a function, or a Reward, which is returned
     name: str     # of a function
 ) -> Reward:
-    "Return a reward from a function and its attributes."
+    "Return a reward from a function and its attributes. Raises ValueError if it is neither."
     if isinstance(fn, Reward): return fn
-    fields = ('range', 'differentiable', 'held_out', 'readable')
+    if not callable(fn):
+        kind = type(fn).__name__
+        raise ValueError(f'{name} gave {kind}: a reward is a function of images and prompts')
+    fields = ('range', 'differentiable', 'held_out', 'readable', 'on_nan')
     stated = {key: getattr(fn, key) for key in fields if hasattr(fn, key)}
     return Reward(name, fn, **stated)
 
-# %% ../nbs/04_rewards.ipynb #38bc72e9
-def _named_reward(name: str, device, world: World) -> Reward:
-    "Return a reward of a world."
-    if name in world.rewards: return world.rewards[name](device=device)
+# %% ../nbs/04_rewards.ipynb #22f6864b
+def _plain(value):
+    "Return options as JSON would keep them; an object becomes the name of its type."
+    def name(v): return str(v) if isinstance(v, Path) else type(v).__name__
+    return json.loads(json.dumps(value, default=name))
+
+# %% ../nbs/04_rewards.ipynb #fded3817
+def _call(
+    factory: Callable,
+    name: str, # of the reward, for the message
+    given: dict
+):
+    "Call a factory. Raises ValueError for options that it does not take."
+    if isinstance(factory, Reward): raise ValueError(f'reward {name!r} takes no options')
+    signature = inspect.signature(factory)
+    try: signature.bind(**given)
+    except TypeError as e:
+        known = ', '.join(p for p in signature.parameters if p not in ('device', 'url')) or 'none'
+        raise ValueError(f'reward {name!r}: {e}; its options are: {known}') from None
+    return factory(**given)
+
+# %% ../nbs/04_rewards.ipynb #73442964
+def _made(factory: Callable, name: str, device, options: dict) -> Reward:
+    "Make a reward by a factory, which may take the device."
+    takes_device = callable(factory) and 'device' in inspect.signature(factory).parameters
+    made = _call(factory, name, dict(device=device) | options if takes_device else options)
+    reward = _as_reward(made, name)
+    return replace(reward, options=reward.options | _plain(options))
+
+# %% ../nbs/04_rewards.ipynb #52ba4b1e
+def _parsed(reward):
+    "Return a reward, read from JSON where it is JSON."
+    if not (isinstance(reward, str) and reward.lstrip().startswith(('{', '['))): return reward
+    try: return json.loads(reward)
+    except ValueError as e:
+        raise ValueError(f'reward {reward!r} looks like JSON and is none: {first_line(e)}') from None
+
+# %% ../nbs/04_rewards.ipynb #5d16f400
+def _with_options(value) -> tuple: # value, options; None where there are none
+    "Split a pair of something and options."
+    pair = isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[1], dict)
+    return (value[0], dict(value[1])) if pair else (value, None)
+
+# %% ../nbs/04_rewards.ipynb #d58aff02
+def _load_sum(weights: dict, device, world) -> WeightedSum:
+    "Return a sum of rewards by name: weight, or name: (weight, options)."
+    weights = {name: _with_options(w) for name, w in weights.items()}
+    _check_weights({name: w for name, (w, _) in weights.items()})
+    specs = [name if options is None else (name, options) for name, (_, options) in weights.items()]
+    parts = [load_reward(spec, device, world) for spec in specs]
+    return weighted_sum(parts, [w for w, _ in weights.values()])
+
+# %% ../nbs/04_rewards.ipynb #d4af8887
+def _named_factory(name: str, world: World) -> Callable:
+    "Return the factory of a world's reward. Raises ValueError if there is none."
+    if name in world.rewards: return world.rewards[name]
     known = ', '.join(world.rewards)
     raise ValueError(f'unknown reward {name!r}: choose one of {known}, or give module:function')
 
-# %% ../nbs/04_rewards.ipynb #f3f84421
+# %% ../nbs/04_rewards.ipynb #2f24c323
+def _load_one(reward, device, world, options: dict | None) -> Reward:
+    "Return a reward that is no sum."
+    if isinstance(reward, str) and '://' in reward:
+        return served_reward(_call(RewardServer, reward, dict(url=reward) | (options or {})))
+    if isinstance(reward, str) and ':' not in reward:
+        return _made(_named_factory(reward, load_world(world)), reward, device, options or {})
+    if not isinstance(reward, str) and not callable(reward):
+        kind = type(reward).__name__
+        raise ValueError(f'a reward is a name, module:function or a function, not {kind}')
+    name = reward if isinstance(reward, str) else getattr(reward, '__name__', type(reward).__name__)
+    function = import_function(reward) if isinstance(reward, str) else reward
+    if options is None: return _as_reward(function, name)
+    return _made(function, name, device, options)
+
+# %% ../nbs/04_rewards.ipynb #5fa36b19
 def load_reward(
-    reward: str | Callable | Reward, # a name in the world, 'module:function', or a function
-    device='cpu',                    # where its networks live
-    world: str | World = 'shapes'    # whose rewards go by name
+    reward,                       # a name, 'module:function', a URL, a function, weights, or a pair with options
+    device='cpu',                 # where its networks live
+    world: str | World = 'shapes' # whose rewards go by name
 ) -> Reward:
     "Return a reward. Raises ValueError if there is none."
     if reward is None:
         raise ValueError('reward is None: give a name, module:function or a function')
-    if isinstance(reward, str) and ':' in reward: return _as_reward(import_function(reward), reward)
-    if isinstance(reward, str): return _named_reward(reward, device, load_world(world))
-    if not callable(reward):
-        kind = type(reward).__name__
-        raise ValueError(f'a reward is a name, module:function or a function, not {kind}')
-    return _as_reward(reward, getattr(reward, '__name__', type(reward).__name__))
+    reward, options = _with_options(_parsed(reward))
+    on_nan = options.pop('on_nan', None) if options else None
+    if on_nan and not options: options = None
+    if isinstance(reward, dict):
+        if options: raise ValueError('a sum of rewards takes no options: give them to its parts')
+        found = _load_sum(reward, device, world)
+    else: found = _load_one(reward, device, world, options)
+    return replace(found, on_nan=on_nan) if on_nan else found
