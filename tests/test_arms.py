@@ -17,7 +17,8 @@ from lasro.options import make_options
 from lasro.task import make_task
 from lasro.training import _note, checkpoint, train
 
-NAMES = ['lasro', 'rlcm', 'rlcm-dropped', 'diffusion_dpo', 'pso', 'gors_lcm', 'reward_guided', 'direct']
+NEWER = ['fdfo', 'neighbor_grpo', 'nft', 'drpo']
+NAMES = ['lasro', 'rlcm', 'rlcm-dropped', 'diffusion_dpo', 'pso', 'gors_lcm', 'reward_guided', 'direct', *NEWER]
 SMALL = dict(generator_steps=2, pretrain_steps=1, probe_prompts=4, snapshot_every=0)
 TEXTS = PROMPTS+['a pink square and a red circle', 'a yellow ring and a green triangle']
 DDPO = ROOT/'tests'/'oracles'/'ddpo_trl.py'
@@ -56,7 +57,7 @@ def test_a_run_resumes_bit_for_bit_and_costs_what_lasro_costs(name, micro_groups
     unit = 4 if name == 'reward_guided' else 1 # it labels sets of four
     assert whole.task.budget.reward_calls == reward_calls(whole.options, len(TEXTS))//unit*unit
     assert math.isfinite(rows[-1]['reward']) and rows[-1]['grad_norm'] > 0
-    if name in ('rlcm', 'rlcm-dropped', 'pso'): assert {'ratio', 'approx_kl', 'clipfrac'} <= rows[-1].keys()
+    if name in ('rlcm', 'rlcm-dropped', 'pso', 'fdfo', 'neighbor_grpo'): assert {'ratio', 'approx_kl', 'clipfrac'} <= rows[-1].keys()
 
 
 def rows_of_one_round(arm) -> list[dict]:
@@ -67,7 +68,7 @@ def rows_of_one_round(arm) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided', 'direct'])
+@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided', 'direct', *NEWER])
 def test_micro_groups_change_nothing_but_rounding(name):
     "The first update of three micro-groups has the gradient of the whole batch."
     norms = []
@@ -78,10 +79,11 @@ def test_micro_groups_change_nothing_but_rounding(name):
     assert math.isclose(*norms, rel_tol=1e-3), norms
 
 
-ONE_STEP = ('lasro', 'diffusion_dpo', 'gors_lcm', 'reward_guided', 'direct')
+ONE_STEP = [(n, 1) for n in ('lasro', 'diffusion_dpo', 'gors_lcm', 'reward_guided', 'direct', *NEWER)]
+MORE_STEPS = [('lasro', 4), *((n, 3) for n in ('rlcm', 'pso', *NEWER))]
 
 
-@pytest.mark.parametrize('name, num_steps', [(n, 1) for n in ONE_STEP]+[('lasro', 4), ('rlcm', 3), ('pso', 3)])
+@pytest.mark.parametrize('name, num_steps', ONE_STEP+MORE_STEPS)
 def test_other_numbers_of_steps(name, num_steps):
     arm = build(name, num_steps=num_steps, outer_steps=1)
     train(arm)
@@ -99,7 +101,7 @@ def test_direct_needs_a_gradient():
         build('direct', reward='attribute_binding')
 
 
-@pytest.mark.parametrize('name', ['rlcm', 'diffusion_dpo', 'pso'])
+@pytest.mark.parametrize('name', ['rlcm', 'diffusion_dpo', 'pso', *NEWER])
 def test_equal_rewards_move_nothing(name):
     "A gradient that is exactly zero makes no step, not even by momentum."
     arm = build(name, reward=indifferent)
@@ -115,7 +117,12 @@ def test_all_samples_may_come_first(name):
     assert rows[0]['reward_calls'] == rows[-1]['reward_calls'] == reward_calls(arm.options, len(TEXTS))
 
 
-@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided'])
+@pytest.mark.parametrize('name', ['fdfo', 'neighbor_grpo', 'drpo'])
+def test_a_single_sample_cannot_be_compared(name):
+    with pytest.raises(ValueError, match='^[^\n]* set n_noises to 2 or more$'): build(name, n_noises=1)
+
+
+@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided', *NEWER])
 def test_adapters_and_checkpointed_blocks(name, tmp_path):
     "A LoRA with a surrogate that shares the teacher: blocks that are computed twice give the same losses."
     rows = []
