@@ -287,6 +287,7 @@ def ratio_numbers(
 class RLCM(Baseline):
     "DDPO for consistency models, official form (nbs/methods.ipynb, 3.1)."
     on_policy = True
+    anchored = True
     undefined = 'no noise is injected, so no step has a likelihood'
     dummy = True # train the dummy last term
     def __init__(self, task: Task):
@@ -331,23 +332,32 @@ def draw_rows(self: RLCM, k: int, i: int) -> torch.Tensor:
     n_parts = max(1, o.generator_steps//o.inner_epochs)
     parts = torch.arange(n).split(-(-n//n_parts))
     rows = parts[i % len(parts)]
-    self.task.budget.forward(len(rows)*len(self.transitions()), backward=True)
+    passes = len(rows)*len(self.transitions())
+    self.task.budget.forward(passes, backward=True)
+    if o.anchor: self.task.budget.forward(passes)
     return rows
 
 # %% ../nbs/13_baselines.ipynb #2cef4c1a
 @patch
+def _predictions(
+    self: RLCM,
+    x: torch.Tensor, # states, (B, n, C, h, w)
+    cond             # of B prompts
+) -> list[torch.Tensor]: # one per trained step, (B, C, h, w)
+    "Return f at every trained step under the policy now."
+    unet = self.task.pipe.unet
+    return [denoise(unet, x[:, s], t, cond) for s, (t, _) in enumerate(self.transitions())]
+
+# %% ../nbs/13_baselines.ipynb #e5832f7c
+@patch
 def _log_probs(
     self: RLCM,
-    x: torch.Tensor,         # states, (B, n, C, h, w)
-    following: torch.Tensor, # where the sampler went, (B, trained steps, C, h, w)
-    cond                     # of B prompts
+    following: torch.Tensor,     # where the sampler went, (B, trained steps, C, h, w)
+    denoised: list[torch.Tensor] # of `_predictions`
 ) -> torch.Tensor: # (B, trained steps)
-    "Return the likelihood of every trained step under the policy now."
-    steps = []
-    for s, (t, t_next) in enumerate(self.transitions()):
-        z = denoise(self.task.pipe.unet, x[:, s], t, cond)
-        steps.append(log_prob(following[:, s], z, t_next))
-    return torch.stack(steps, 1)
+    "Return the likelihood of every trained step."
+    steps = zip(self.transitions(), following.unbind(1), denoised)
+    return torch.stack([log_prob(x, z, t_next) for (_, t_next), x, z in steps], 1)
 
 # %% ../nbs/13_baselines.ipynb #0a52fad2
 @patch
@@ -362,11 +372,17 @@ def reward_loss(
     if not len(rows): return self.zero_loss(), {}
     names = 'inputs', 'following', 'log_probs', 'advantages'
     x, following, old, advantages = self.pick(rows, *names)
-    new = self._log_probs(x, following, t.cond[self.batch['prompt'][rows]])
+    cond = t.cond[self.batch['prompt'][rows]]
+    z = self._predictions(x, cond)
+    new = self._log_probs(following, z)
     losses = ddpo_loss(new, old, advantages[:, None], self.clip_range())
     loss = group.mean(losses.mean(1), n)
     numbers = ratio_numbers(new-old, self.clip_range())
-    return loss, dict(policy_loss=loss) | {name: group.mean(v, n) for name, v in numbers.items()}
+    numbers = dict(policy_loss=loss) | {name: group.mean(v, n) for name, v in numbers.items()}
+    if not self.base: return loss, numbers
+    times = [t for t, _ in self.transitions()]
+    far = group.mean(self.anchor_loss(z, x.unbind(1), times, cond), n)
+    return loss+self.options.anchor*far, numbers | dict(anchor=far)
 
 # %% ../nbs/13_baselines.ipynb #939fbf74
 @patch

@@ -36,6 +36,7 @@ def pair_kl(
 # %% ../nbs/14_guided.ipynb #0d43088b
 class RewardGuided(Baseline):
     "After RG-LCD: LCM loss and a proxy's reward on one-step predictions (nbs/methods.ipynb, 3.6)."
+    anchored = True
     def __init__(self, task: Task):
         super().__init__(task)
         o = self.options
@@ -186,7 +187,23 @@ def draw(self: RewardGuided, k: int, i: int) -> dict:
     t.budget.forward(n, backward=True)
     t.budget.forward(3*n) # guided teacher, target
     t.budget.forward(n, backward=True, share=self.share)
+    if self.options.anchor: t.budget.forward(n)
     return dict(rows=rows, times=times, noise=noise)
+
+# %% ../nbs/14_guided.ipynb #535978e9
+@patch
+def _distance(
+    self: RewardGuided,
+    student: torch.Tensor, # predictions, (B, C, h, w)
+    batch: dict,           # of `draw`
+    mine: torch.Tensor     # rows of the batch, (B,)
+) -> torch.Tensor: # (B,)
+    "Return the anchor at the inputs of the predictions."
+    t, rows = self.task, batch['rows'][mine]
+    latents = t.data[0][rows]
+    times = batch['times'][mine].to(latents.device)
+    x = add_noise(latents, batch['noise'][mine].to(latents), times)
+    return self.anchor_loss([student], [x], [times], t.cond[t.data[1][rows]])
 
 # %% ../nbs/14_guided.ipynb #9e54fea5
 @patch
@@ -202,7 +219,10 @@ def loss(self: RewardGuided, batch: dict, group: MicroGroup) -> tuple[torch.Tens
     gradient, = torch.autograd.grad(-o.c2*r.sum(), z)
     carried = (student*(gradient*group.count/n)).sum()
     lcm = group.mean(pseudo_huber(student-target).expand(len(rows)), n)
-    return o.c*lcm+carried, dict(lcm_loss=lcm, surrogate=group.mean(r.detach(), n))
+    numbers = dict(lcm_loss=lcm, surrogate=group.mean(r.detach(), n))
+    if not self.base: return o.c*lcm+carried, numbers
+    far = group.mean(self._distance(student, batch, mine), n)
+    return o.c*lcm+carried+o.anchor*far, numbers | dict(anchor=far)
 
 # %% ../nbs/14_guided.ipynb #c17b8b0f
 @patch
@@ -221,6 +241,7 @@ def restore(self: RewardGuided, tensors: dict # of `state`
 # %% ../nbs/14_guided.ipynb #b2aa231f
 class Direct(Baseline):
     "Back-propagate the true reward through decoder and all steps (nbs/methods.ipynb, 3.7)."
+    anchored = True
     def __init__(self, task: Task):
         if not task.reward.differentiable:
             raise ValueError(f'direct is not defined for {task.reward.name}, which states no gradient: '
@@ -256,6 +277,7 @@ def draw_rows(self: Direct, k: int, i: int) -> dict:
     noise, injected = t.noise(n, g)
     t.budget.reward(n*len(self.weights))
     t.budget.forward(n*t.num_steps, backward=k >= 0)
+    if self.options.anchor and k >= 0: t.budget.forward(n*t.num_steps)
     return dict(prompt=prompt, noise=noise, injected=injected)
 
 # %% ../nbs/14_guided.ipynb #aa491912
@@ -282,14 +304,14 @@ def rewarded(
     self: Direct,
     drawn: dict,       # of `draw_rows`
     rows: torch.Tensor # of it
-) -> dict[int, torch.Tensor]: # step: rewards (B,)
+) -> tuple: # Trajectory; step: rewards (B,)
     "Sample rows of a drawn batch and score the steps that have a weight."
     t = self.task
     prompt = drawn['prompt'][rows]
     noise, injected = drawn['noise'][rows], drawn['injected'][:, rows]
     found = sample(t.pipe.unet, t.cond[prompt], noise, injected, t.num_steps, self.options.detach)
     texts = [t.texts[p] for p in prompt.tolist()]
-    return {j: self.true_rewards(found.denoised[j], texts) for j in self.weights}
+    return found, {j: self.true_rewards(found.denoised[j], texts) for j in self.weights}
 
 # %% ../nbs/14_guided.ipynb #74a3d4b2
 def _reward_names(num_steps: int) -> dict[int, str]: # step: name in the log
@@ -305,7 +327,7 @@ def prepare(self: Direct) -> dict: # numbers to log
     t = self.task
     drawn = self.draw_rows(-1, self.options.generator_steps-1)
     n = len(drawn['prompt'])
-    found = self.generator(self.rewarded, drawn, t.own_rows(n))
+    _, found = self.generator(self.rewarded, drawn, t.own_rows(n))
     r = {j: t.gather(x.float(), n) for j, x in found.items()}
     for j, s in self.normalise.items(): s.set(r[j])
     return {name: float(r[j].mean()) for j, name in _reward_names(t.num_steps).items() if j in r}
@@ -321,12 +343,16 @@ def reward_loss(
     t, n = self.task, len(drawn['prompt'])
     rows = group.rows(n)
     if not len(rows): return self.zero_loss(), {}
-    r = self.rewarded(drawn, rows)
+    found, r = self.rewarded(drawn, rows)
     for j, x in r.items(): self.scores[j].append(x.detach())
     s = {j: self.normalise[j](x) for j, x in r.items()}
     loss = -sum(w*group.mean(s[j], n) for j, w in self.weights.items())
     names = _reward_names(t.num_steps)
-    return loss, {name: group.mean(r[j].detach(), n) for j, name in names.items() if j in r}
+    numbers = {name: group.mean(r[j].detach(), n) for j, name in names.items() if j in r}
+    if not self.base: return loss, numbers
+    cond = t.cond[drawn['prompt'][rows]]
+    far = group.mean(self.anchor_loss(found.denoised, found.inputs, found.timesteps, cond), n)
+    return loss+self.options.anchor*far, numbers | dict(anchor=far)
 
 # %% ../nbs/14_guided.ipynb #f8646110
 @patch

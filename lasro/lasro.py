@@ -71,6 +71,7 @@ def move(self: ScoreNormaliser, scores: torch.Tensor # of a finished update
 # %% ../nbs/12_lasro.ipynb #e963abf3
 class LaSRO(Arm):
     "Latent-space surrogate reward optimisation (nbs/methods.ipynb, 2)."
+    anchored = True
     def __init__(self, task: Task):
         super().__init__(task)
         o = self.options
@@ -334,6 +335,7 @@ def draw(self: LaSRO, k: int, i: int) -> dict:
     noise, injected = t.noise(n, g)
     t.budget.forward(n*t.num_steps, backward=True)
     t.budget.forward(n*len(self.weights), backward=True, share=self.share)
+    if o.anchor: t.budget.forward(n*t.num_steps)
     lcm = self.draw_lcm(k, i) if o.c else None
     return dict(prompt=prompt, noise=noise, injected=injected, lcm=lcm)
 
@@ -362,18 +364,22 @@ def reward_loss(
     batch: dict, # of `draw`
     group: MicroGroup
 ) -> tuple[torch.Tensor, dict]: # a scalar with the loss's gradient, not its value; numbers to log
-    "Return the micro-group's share of -c1 S[R(z_1)] - c2 S[R(z_2)]."
+    "Return the micro-group's share of -c1 S[R(z_1)] - c2 S[R(z_2)] and of the anchor."
     t, n = self.task, len(batch['prompt'])
     rows = group.rows(n)
     cond = t.cond[batch['prompt'][rows]]
     noise, injected = batch['noise'][rows], batch['injected'][:, rows]
-    z = sample(t.pipe.unet, cond, noise, injected, t.num_steps, self.options.detach).denoised
+    found = sample(t.pipe.unet, cond, noise, injected, t.num_steps, self.options.detach)
+    z = found.denoised
     gradient, r, s = self.reward_gradient(z, cond)
     for j, x in zip(self.weights, r): self.scores[j].append(x)
     rewarded = torch.cat([z[j] for j in self.weights])
     carried = (rewarded*(gradient*group.count/n)).sum()
     clipped = (s[-1] >= 1).float()
-    return carried, dict(surrogate=group.mean(r[-1], n), clipped=group.mean(clipped, n))
+    numbers = dict(surrogate=group.mean(r[-1], n), clipped=group.mean(clipped, n))
+    if not self.base: return carried, numbers
+    far = group.mean(self.anchor_loss(z, found.inputs, found.timesteps, cond), n)
+    return carried+self.options.anchor*far, numbers | dict(anchor=far)
 
 # %% ../nbs/12_lasro.ipynb #ed286528
 @patch

@@ -78,6 +78,7 @@ class Options:
     max_norm: float = option(1., 0.)          # of the clipped gradient
     lora_rank: int = option(0, 0)             # of its adapter; 0 tunes all weights
     detach: bool = option(False)              # cut the gradient between sampling steps
+    anchor: float = option(0., 0.)            # weight of the distance to the untouched model
     c: float = option(1., 0.)                 # weight of the LCM loss; 0 leaves it out
     c1: float = option(.02, 0.)               # weight of the reward after each step but the last
     c2: float = option(.2, 0.)                # weight of the reward after the last step

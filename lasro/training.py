@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import trange
 
 # %% ../nbs/11_training.ipynb #fb2c77ec
-from .models import gathered, load_checkpoint, save_checkpoint
+from .models import Reference, gathered, load_checkpoint, save_checkpoint
 from .models import restore_training_state, training_state
 from .monitor import PROBE_EVERY, log_row, note_alarm, probe, save_metrics, snapshot
 from .sampling import denoise, draw_lcm_noise, lcm_loss, lcm_timesteps
@@ -180,10 +180,14 @@ def update(self: Trained, loss # (micro-group) -> share of the loss, dict of sha
 class Arm:
     "A way to train the generator. A subclass gives at least `draw` and `loss`."
     Options = Options # another arm may add to them
+    anchored = False  # does its loss know an anchor?
     def __init__(self, task: Task):
         self.task = task
         self.options = task.options
         o = self.options
+        if o.anchor and not self.anchored:
+            raise ValueError(f'{type(self).__name__} has no anchor: leave anchor at 0')
+        self.base = Reference(task.pipe.unet, bool(o.lora_rank)) if o.anchor else None
         self.generator = Trained(task, task.pipe.unet, o.lr, max_norm=o.max_norm)
     def prepare(self) -> dict: return {} # numbers of round 0
     def draw(self, k: int, i: int) -> dict: return {} # everything random of update i of round k
@@ -269,6 +273,21 @@ def lcm(
     if not len(mine): return self.zero_loss()
     loss = self._lcm_rows(**{name: drawn[mine] for name, drawn in batch.items()})
     return group.mean(loss.expand(len(mine)), n)
+
+# %% ../nbs/11_training.ipynb #de9013b4
+@patch
+def anchor_loss(
+    self: Arm,
+    denoised: list[torch.Tensor], # predictions at every input, (B, C, h, w)
+    inputs: list[torch.Tensor],   # x_t, (B, C, h, w)
+    times: list,                  # t of every input, an int or (B,)
+    cond                          # of B prompts
+) -> torch.Tensor: # (B,)
+    "Return the mean squared distance of predictions to those of the untouched model."
+    with self.base() as unet:
+        before = [denoise(unet, x.detach(), t, cond) for x, t in zip(inputs, times)]
+    distances = [(z-b).square().flatten(1).mean(1) for z, b in zip(denoised, before)]
+    return torch.stack(distances).mean(0)
 
 # %% ../nbs/11_training.ipynb #028e87e1
 class LCMContinued(Arm):
