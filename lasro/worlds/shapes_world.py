@@ -59,9 +59,10 @@ def features_of(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     net = _feature_net(str(images.device))
     return torch.cat([net(batch.float()).cpu() for batch in images.split(batch_size)])
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #0bc8d972
+# %% ../../nbs/worlds/04_shapes_world.ipynb #83e948ee
 _REFERENCE_SIZE = 2048 # pictures
 
+# %% ../../nbs/worlds/04_shapes_world.ipynb #cdac19c2
 def _reference_scenes(name: str, # of the random stream
                       combos: str, # 'seen' or 'held_out'
                      ) -> Scenes:
@@ -79,9 +80,11 @@ def _reference_features(name: str = 'fid reference', # of the random stream
     features = torch.cat([features_of(render(scenes[i])) for i in parts])
     return features.numpy().astype(np.float64)
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #3523c1a0
+# %% ../../nbs/worlds/04_shapes_world.ipynb #54042876
 _REWARDS = (image_reward, attribute_binding, text_alignment, clip_score, relation, count,
             compressibility, incompressibility)
+
+# %% ../../nbs/worlds/04_shapes_world.ipynb #59cdbbfe
 _SCORED = ('image_reward', 'attribute_binding', 'text_alignment', 'clip_score', 'compressibility')
 
 # %% ../../nbs/worlds/04_shapes_world.ipynb #406080ee
