@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# %% ../nbs/17_gradients.ipynb #98244afe
+# %% ../nbs/17_gradients.ipynb #81bcd9c1
 from .baselines import PerPromptStatTracker, log_prob
 from .core import randn
 from .evaluation import world_spread
@@ -77,7 +77,7 @@ def _note_call(calls: list, module, inputs, output):
     def keep(d): calls[number] = torch.einsum('boi,bri->bor', _channels_second(d), a).flatten(1)
     output.register_hook(keep)
 
-# %% ../nbs/17_gradients.ipynb #0d06b85c
+# %% ../nbs/17_gradients.ipynb #de4c6495
 class SampleGradients:
     "Gradients of each sample with respect to a LoRA's B matrices."
     def __init__(self, unet): # carries a fresh LoRA
@@ -88,12 +88,13 @@ class SampleGradients:
         for layer, calls in zip(self.layers, self.calls):
             layer.register_forward_hook(partial(_note_call, calls))
 
+# %% ../nbs/17_gradients.ipynb #2d856d8b
 @patch
 def forget(self: SampleGradients):
     "Drop the calls noted so far; needed after a gradient that was taken by other means."
     for calls in self.calls: calls.clear()
 
-# %% ../nbs/17_gradients.ipynb #db8ba6be
+# %% ../nbs/17_gradients.ipynb #1b3a8907
 @patch
 def __call__(
     self: SampleGradients,
@@ -105,6 +106,7 @@ def __call__(
     self.forget()
     return torch.stack(by_call, 1)
 
+# %% ../nbs/17_gradients.ipynb #82cd0ef8
 @patch
 def move(self: SampleGradients, weights: torch.Tensor # (P,)
         ):
@@ -257,13 +259,14 @@ def credited_share(
         return (p[:, 0].mean()+t[:, 0].mean()-middle)/square if square > 0 else math.nan
     return bootstrap(share, policy, truth)
 
-# %% ../nbs/17_gradients.ipynb #9aa12ede
+# %% ../nbs/17_gradients.ipynb #30a6a1d9
 def _unit(v: torch.Tensor # (B, ...)
          ) -> torch.Tensor: # the same shape
     "Scale each sample to norm 1."
     norm = v.flatten(1).norm(dim=1).clamp(min=1e-30)
     return v/norm.view(-1, *[1]*(v.ndim-1))
 
+# %% ../nbs/17_gradients.ipynb #d9fe2450
 def noise_directions(draws: Draws, g: torch.Generator) -> Draws: # of norm 1 each
     "Draw a random direction for each noise."
     def directions(like):

@@ -142,9 +142,10 @@ def compare(
     a, b = pair(mine, theirs)
     return paired_difference(a, b) if len(a) else Estimate(np.nan)
 
-# %% ../nbs/18_report.ipynb #22c96e3a
+# %% ../nbs/18_report.ipynb #1110f592
 DIFFERENCE = ['diff', 'diff_ci_low', 'diff_ci_high', 'p', 'verdict'] # columns of a difference
 
+# %% ../nbs/18_report.ipynb #5d314b49
 def _difference_row(e: Estimate) -> list:
     "Return the difference, its interval, p and the verdict; no verdict without a test."
     return [*e[:4], '' if np.isnan(e.p) else verdict(e.p, e.mean)]
@@ -162,9 +163,10 @@ def difference_table(
     rows = [_difference_row(e) for e in correct(found)]
     return pd.DataFrame(rows, index=list(groups), columns=DIFFERENCE)
 
-# %% ../nbs/18_report.ipynb #e0b2ed4c
+# %% ../nbs/18_report.ipynb #d220ca3b
 def _read_arrays(path: Path) -> dict: return dict(np.load(path, allow_pickle=False))
 
+# %% ../nbs/18_report.ipynb #3eb2bb38
 def _fidelity_row(saved: dict, n: int) -> dict:
     "Return FID, its floor, KID, number of pictures and mean diversity at n steps."
     row = {name: saved[f'{name}_{n}'].item() for name in ('fid', 'fid_floor', 'kid', 'n')}
@@ -295,9 +297,10 @@ def main_text(
     out = out.assign(seeds=t.seeds, reward_calls=t.reward_calls.astype(int))
     return out.rename(columns=dict(held_out=f'{t.held_out_reward.iloc[0]} (held out)'))
 
-# %% ../nbs/18_report.ipynb #06cb83c5
+# %% ../nbs/18_report.ipynb #1e661cfc
 _COST_KEYS = ['arm', 'reward', 'device']
 
+# %% ../nbs/18_report.ipynb #0b821ba7
 def _cost_row(run: StoredRun) -> dict:
     "Return what one run has spent, and where."
     spent = {name: run.record[name] for name in ('arm', 'reward', *COSTS)}

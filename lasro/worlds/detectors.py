@@ -65,9 +65,10 @@ def _peaks(best: torch.Tensor, # (N, 32, 32) match of the best template
     highest = F.max_pool2d(best, 9, 1, 4)
     return ((best > .2) & (best == highest)).nonzero().unbind(1)
 
-# %% ../../nbs/worlds/02_detectors.ipynb #2e799739
+# %% ../../nbs/worlds/02_detectors.ipynb #9302c648
 _TEMPERATURE = .015 # tau
 
+# %% ../../nbs/worlds/02_detectors.ipynb #990a4fe5
 def _posterior(q: torch.Tensor, # (N, 10, 32, 32)
                n: torch.Tensor, y: torch.Tensor, x: torch.Tensor, # of the peaks
               ) -> torch.Tensor: # (peaks, 10)

@@ -91,9 +91,10 @@ def build_tokenizer(texts: list[str], # corpus of captions
     (folder/'tokenizer_config.json').write_text(json.dumps(_tokenizer_config(), indent=1))
     return CLIPTokenizer.from_pretrained(folder)
 
-# %% ../../nbs/worlds/00_networks.ipynb #32fd3875
+# %% ../../nbs/worlds/00_networks.ipynb #655e87d1
 _LAYERS = dict(num_hidden_layers=3, num_attention_heads=4, projection_dim=64)
 
+# %% ../../nbs/worlds/00_networks.ipynb #dd9e946e
 def _special_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
     "Return the numbers of the special tokens."
     names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -133,8 +134,10 @@ def build_vae(scaling_factor: float = 1., # brings the latents to unit variance
     "Build the autoencoder: 32x32 pictures, 8x8 latents."
     return AutoencoderKL(**_VAE, scaling_factor=scaling_factor, force_upcast=False)
 
-# %% ../../nbs/worlds/00_networks.ipynb #42a5881c
+# %% ../../nbs/worlds/00_networks.ipynb #e0b97b2c
 _SIZE_EMBEDDING = 8 # width of the embedding of one number
+
+# %% ../../nbs/worlds/00_networks.ipynb #653f0425
 _UNET = dict(
     sample_size=8, layers_per_block=1, transformer_layers_per_block=1, norm_num_groups=16,
     use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=_SIZE_EMBEDDING)

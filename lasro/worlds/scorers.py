@@ -164,9 +164,10 @@ def standardise_scores(model: PreferenceModel, tokenizer, images: torch.Tensor, 
     head.weight.div_(scores.std())
     head.bias.sub_(scores.mean()).div_(scores.std())
 
-# %% ../../nbs/worlds/06_scorers.ipynb #c43965ae
+# %% ../../nbs/worlds/06_scorers.ipynb #289a4dcd
 _CORRUPTIONS = ('none', 'blurred', 'noisy', 'faded', 'shuffled quarters')
 
+# %% ../../nbs/worlds/06_scorers.ipynb #8d202e9d
 def _shuffle_quarters(images: torch.Tensor) -> torch.Tensor: # (B, 3, 32, 32)
     "Exchange the upper and lower halves, then shift by a quarter sideways."
     halves = images[..., 16:, :], images[..., :16, :]

@@ -256,10 +256,11 @@ def _recall(texts: list[str], # prompts, none empty
     best = (u @ v.mT).masked_fill(is_v[:, None] == 0, -1).amax(2)
     return (best*is_u).sum(1)/is_u.sum(1)
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #0de5e55e
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #a5c0556d
 _ANY_OPENING = '|'.join(words.strip() for words in OPENINGS if words)
 _OPENING = re.compile(rf'^({_ANY_OPENING})\s+', re.IGNORECASE)
 
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #44ba9d69
 def _without_opening(prompt: str) -> str: return _OPENING.sub('', prompt.strip())
 
 # %% ../../nbs/worlds/03_shapes_rewards.ipynb #b011b647
@@ -285,9 +286,10 @@ def text_alignment(device='cpu') -> Reward:
         return _alignment(texts, captions, device), dict(captions=captions)
     return Reward('text_alignment', score, range=(-1, 1), held_out='clip_score')
 
-# %% ../../nbs/worlds/03_shapes_rewards.ipynb #9d4fa050
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #2ce3b4dd
 FOLDER = ASSETS/'shapes' # the world's networks
 
+# %% ../../nbs/worlds/03_shapes_rewards.ipynb #8a3e5f72
 def _load_tower(kind: type, name: str, device) -> nn.Module:
     "Load a tower of the small CLIP, frozen."
     tower = kind.from_pretrained(FOLDER/name, dtype=torch.float32)

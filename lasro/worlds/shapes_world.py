@@ -62,9 +62,10 @@ def features_of(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     net = _feature_net(str(images.device))
     return torch.cat([net(batch.float()).cpu() for batch in images.split(batch_size)])
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #0bc8d972
+# %% ../../nbs/worlds/04_shapes_world.ipynb #83e948ee
 _REFERENCE_SIZE = 2048 # pictures
 
+# %% ../../nbs/worlds/04_shapes_world.ipynb #cdac19c2
 def _reference_scenes(name: str, # of the random stream
                       combos: str, # 'seen' or 'held_out'
                      ) -> Scenes:
@@ -82,9 +83,11 @@ def _reference_features(name: str = 'fid reference', # of the random stream
     features = torch.cat([features_of(render(scenes[i])) for i in parts])
     return features.numpy().astype(np.float64)
 
-# %% ../../nbs/worlds/04_shapes_world.ipynb #ccca298d
+# %% ../../nbs/worlds/04_shapes_world.ipynb #0d4de536
 _REWARDS = (image_reward, attribute_binding, text_alignment, scene_match, clip_score, relation,
             count, second_judge, compressibility, incompressibility)
+
+# %% ../../nbs/worlds/04_shapes_world.ipynb #4403d2ec
 _SCORED = ('image_reward', 'attribute_binding', 'text_alignment', 'scene_match', 'clip_score',
            'second_judge', 'compressibility')
 

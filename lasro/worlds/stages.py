@@ -56,11 +56,12 @@ class DistillSizes:
     web_scenes: int = 16_000       # encoded for the web stages
     preference_prompts: int = 2048 # whose samples are compared
 
-# %% ../../nbs/worlds/07_stages.ipynb #32143b73
+# %% ../../nbs/worlds/07_stages.ipynb #f56c3a43
 _SMOKE = DistillSizes(
     towers=2, vae=2, teacher=2, student=2, preference=2, features=2, web_teacher=2, web_student=2,
     tower_batch=8, teacher_scenes=64, web_scenes=64, preference_prompts=32)
 
+# %% ../../nbs/worlds/07_stages.ipynb #009ec88a
 DISTILL_SIZES = dict(smoke=_SMOKE, lab=DistillSizes())
 
 # %% ../../nbs/worlds/07_stages.ipynb #1a752dab
