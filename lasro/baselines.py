@@ -34,6 +34,7 @@ class BaselineOptions(Options):
     adv_clip: float = option(10., 0.)     # greatest advantage; published
     history: int = option(32, 1)          # rewards of a prompt that count; published 16 or 32
     min_count: int = option(6, 1)         # with fewer the batch's statistics serve; published 16
+    inner_epochs: int = option(1, 1)      # passes over a round's batch; published 1
     # diffusion_dpo
     dpo_beta: float = option(20., 0.)     # published 5000, for latents 64 times as large
     # pso
@@ -98,24 +99,26 @@ def draw_visits(self: Baseline, j: int) -> tuple[torch.Tensor, torch.Tensor, tor
     if not o.off_policy: noise = noise[::o.n_noises].repeat_interleave(o.n_noises, 0)
     return prompt, noise, injected
 
-# %% ../nbs/13_baselines.ipynb #5d8a4cb0
+# %% ../nbs/13_baselines.ipynb #96d279e9
 @patch
 def _trajectories(
     self: Baseline,
     prompt: torch.Tensor,  # (n,) of this process's samples
     noise: torch.Tensor,   # (n, C, h, w)
-    injected: torch.Tensor # (num_steps-1, n, C, h, w)
+    injected: torch.Tensor, # (num_steps-1, n, C, h, w)
+    unet=None              # None takes the generator
 ) -> tuple[list, list]: # batches of inputs and of clean latents, each (b, num_steps, C, h, w)
     "Sample and keep every step."
     t, inputs, denoised = self.task, [], []
+    unet = unet or t.pipe.unet
     for b in t.batches(len(prompt), default=256):
         cond = t.cond[prompt[b]]
-        found = self.generator(sample, t.pipe.unet, cond, noise[b], injected[:, b], t.num_steps)
+        found = self.generator(sample, unet, cond, noise[b], injected[:, b], t.num_steps)
         inputs.append(torch.stack(found.inputs, 1))
         denoised.append(torch.stack(found.denoised, 1))
     return inputs, denoised
 
-# %% ../nbs/13_baselines.ipynb #7d68cb40
+# %% ../nbs/13_baselines.ipynb #bd2da2b4
 @patch
 @torch.no_grad()
 def collect(self: Baseline, j: int) -> tuple[dict, torch.Tensor]: # samples; features by visit
@@ -132,7 +135,16 @@ def collect(self: Baseline, j: int) -> tuple[dict, torch.Tensor]: # samples; fea
     t.budget.forward(n*t.num_steps)
     found = dict(inputs=torch.cat(inputs), denoised=torch.cat(denoised), rewards=rewards[:, 0])
     found = {name: t.gather(x, n).cpu() for name, x in found.items()}
-    return found | dict(prompt=prompt[order]), t.gather(features, n).cpu()[order.argsort()]
+    found |= dict(prompt=prompt[order], order=order)
+    return found, t.gather(features, n).cpu()[order.argsort()]
+
+# %% ../nbs/13_baselines.ipynb #dc0e0c9c
+@patch
+def by_visit(self: Baseline, found: dict # of `collect`
+            ) -> dict: # name: (visits, N_s, ...)
+    "Group the samples of each visit."
+    rows = found['order'].argsort().view(-1, self.options.n_noises)
+    return {name: x[rows] for name, x in found.items() if name != 'order'}
 
 # %% ../nbs/13_baselines.ipynb #d5a8522d
 @patch
@@ -315,7 +327,9 @@ def clip_range(self: RLCM) -> float:
 def draw_rows(self: RLCM, k: int, i: int) -> torch.Tensor:
     "Return part i of the batch."
     n = len(self.batch['prompt'])
-    parts = torch.arange(n).split(-(-n//self.options.generator_steps))
+    o = self.options
+    n_parts = max(1, o.generator_steps//o.inner_epochs)
+    parts = torch.arange(n).split(-(-n//n_parts))
     rows = parts[i % len(parts)]
     self.task.budget.forward(len(rows)*len(self.transitions()), backward=True)
     return rows

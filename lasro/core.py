@@ -18,7 +18,28 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-# %% ../nbs/00_core.ipynb #d89adcce
+# %% ../nbs/00_core.ipynb #1928ce83
+def _wrap_titles(titles: list[str] | None, n: int, scale: float) -> list[str]:
+    "Return `n` titles, in lines that are as wide as an image."
+    return [textwrap.fill(title, int(14*scale)) for title in titles or ['']*n]
+
+# %% ../nbs/00_core.ipynb #79e31e76
+def _title_lines(titles: list[str], ncols: int) -> int:
+    "Return how many lines of text the rows of a grid need above their images."
+    rows = [titles[i:i+ncols] for i in range(0, len(titles), ncols)]
+    tallest = [max(row, key=lambda t: t.count('\n')) for row in rows]
+    return sum(t.count('\n')+1 for t in tallest if t)
+
+# %% ../nbs/00_core.ipynb #fe8c8668
+def _image_axes(titles: list[str], ncols: int, scale: float) -> tuple[plt.Figure, list]:
+    "Return a figure with one axis per image, without frames."
+    nrows = math.ceil(len(titles)/ncols)
+    size = scale*ncols, scale*nrows + .14*_title_lines(titles, ncols)
+    fig, axes = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout='constrained')
+    for ax in axes.flat: ax.axis('off')
+    return fig, axes.flat
+
+# %% ../nbs/00_core.ipynb #fdd88113
 def show_images(
     images: torch.Tensor,            # (B, 3, H, W) in [0, 1]
     titles: list[str] | None = None, # one per image
@@ -26,23 +47,13 @@ def show_images(
     scale: float = 1.3               # inches per image
 ) -> plt.Figure:
     "Draw a grid of images and return the figure."
-    titles = [textwrap.fill(t, int(14*scale)) for t in titles or ['']*len(images)]
-    nrows = math.ceil(len(images)/ncols)
-    height = scale*nrows + .14*_title_lines(titles, ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(scale*ncols, height),
-                             squeeze=False, layout='constrained')
-    for ax in axes.flat: ax.axis('off')
+    titles = _wrap_titles(titles, len(images), scale)
+    fig, axes = _image_axes(titles, ncols, scale)
     pixels = images.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1)
-    for ax, image, title in zip(axes.flat, pixels, titles):
+    for ax, image, title in zip(axes, pixels, titles):
         ax.imshow(image, interpolation='nearest')
         ax.set_title(title, fontsize=7)
     return fig
-
-def _title_lines(titles, ncols):
-    "Return how many lines of text the rows of a grid need above their images."
-    rows = [titles[i:i+ncols] for i in range(0, len(titles), ncols)]
-    tallest = [max(row, key=lambda t: t.count('\n')) for row in rows]
-    return sum(t.count('\n')+1 for t in tallest if t)
 
 # %% ../nbs/00_core.ipynb #9af6df1d
 @dataclass(frozen=True)
@@ -64,18 +75,21 @@ class Profile:
     eval_noises: int = 8        # samples per test prompt, for FID and diversity
     scored_noises: int = 2      # samples per test prompt that every reward scores
 
-# %% ../nbs/00_core.ipynb #c3f2f4d6
-PROFILES = dict(
-    smoke=Profile(
-        'smoke', n_seeds=1, train_prompts=64, pretrain_prompts=4, n_noises=3, pretrain_steps=3,
-        outer_steps=2, generator_steps=1, surrogate_steps=1, collect_prompts=2, batch_size=4,
-        probe_prompts=4, eval_prompts=16, eval_noises=4, scored_noises=1),
-    quick=Profile('quick', n_seeds=1),
-    lab=Profile('lab'),
-    sdxl=Profile(
-        'sdxl', n_seeds=1, train_prompts=4000, pretrain_prompts=128, pretrain_steps=400,
-        outer_steps=60, batch_size=16, probe_prompts=32, eval_prompts=300, eval_noises=10,
-        scored_noises=10))
+# %% ../nbs/00_core.ipynb #ddf8aca0
+_SMOKE = Profile(
+    'smoke', n_seeds=1, train_prompts=64, pretrain_prompts=4, n_noises=3, pretrain_steps=3,
+    outer_steps=2, generator_steps=1, surrogate_steps=1, collect_prompts=2, batch_size=4,
+    probe_prompts=4, eval_prompts=16, eval_noises=4, scored_noises=1)
+
+# %% ../nbs/00_core.ipynb #28d22c84
+_SDXL = Profile(
+    'sdxl', n_seeds=1, train_prompts=4000, pretrain_prompts=128, pretrain_steps=400,
+    outer_steps=60, batch_size=16, probe_prompts=32, eval_prompts=300, eval_noises=10,
+    scored_noises=10)
+
+# %% ../nbs/00_core.ipynb #bdcc32e3
+_ALL = (_SMOKE, Profile('quick', n_seeds=1), Profile('lab'), _SDXL)
+PROFILES = {p.name: p for p in _ALL}
 
 # %% ../nbs/00_core.ipynb #2d59902f
 def profile(name: str # one of `PROFILES`
@@ -135,7 +149,7 @@ def atomic_path(path: Path | str # where the file belongs
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #c94dcdb4
+# %% ../nbs/00_core.ipynb #427147a0
 def save_json(
     obj,               # anything that json can hold; other objects become their text
     path: Path | str   # of the file
@@ -144,6 +158,7 @@ def save_json(
     text = json.dumps(obj, indent=1, sort_keys=True, default=str)
     with atomic_path(path) as tmp: tmp.write_text(text+'\n')
 
+# %% ../nbs/00_core.ipynb #7fec57e3
 def load_json(path: Path | str):
     "Read a JSON file."
     return json.loads(Path(path).read_text())
@@ -165,20 +180,23 @@ def sha256(path: Path | str # of a file
     "Return the start of a file's SHA-256."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #16127a81
+# %% ../nbs/00_core.ipynb #cb3d9cb9
+def _try_writing(path: Path):
+    "Write a small file into `path` and delete it."
+    probe = path/f'.probe-{os.getpid()}' # several processes may check at the same time
+    with atomic_path(probe) as tmp: tmp.write_bytes(b'0'*65536)
+    probe.unlink()
+
+# %% ../nbs/00_core.ipynb #cf96beb1
 def check_writable(path: Path | str # a folder; it need not exist yet
                   ):
     "Raise OSError if nothing can be written to `path`."
-    path = Path(path)
-    probe = path/f'.probe-{os.getpid()}' # several processes may check at the same time
-    try:
-        with atomic_path(probe) as tmp: tmp.write_bytes(b'0'*65536)
-        probe.unlink()
+    try: _try_writing(Path(path))
     except OSError as e:
         message = f'cannot write to {path}: {e.strerror or e}'
         raise OSError(f'{message}; free some space, fix its rights or set LASRO_RESULTS') from None
 
-# %% ../nbs/00_core.ipynb #efbbc176
+# %% ../nbs/00_core.ipynb #0d052b11
 def run_dir(
     profile: str,            # name of a profile
     arm: str,                # e.g. 'lasro'
@@ -191,22 +209,28 @@ def run_dir(
     runs = results_dir(profile)/'runs'
     return runs/arm/reward/f'steps-{num_steps}'/setting/f'seed-{seed}'
 
+# %% ../nbs/00_core.ipynb #13c63f0e
 def is_finished(run: Path) -> bool:
     "Return True if the run in this folder has its record."
     return (run/'run.json').exists()
 
-# %% ../nbs/00_core.ipynb #6f204dc5
-def environment() -> dict:
-    "Return package versions, Python's version, the git commit and the device."
-    packages = ('torch', 'diffusers', 'transformers', 'peft', 'numpy')
-    device = f'{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads'
-    if torch.cuda.is_available(): device = torch.cuda.get_device_name()
-    return dict(versions={p: version(p) for p in packages}, python=platform.python_version(),
-                commit=_git_commit(), device=device)
-
+# %% ../nbs/00_core.ipynb #1802fe55
 def _git_commit():
     "Return the checkout's short commit, or None outside of a repository or without git."
     command = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
     try: found = subprocess.run(command, capture_output=True, text=True)
     except OSError: return None
     return found.stdout.strip() or None
+
+# %% ../nbs/00_core.ipynb #2b3ea6d2
+def _device_name() -> str:
+    "Return the GPU's name, or the CPU's cores and threads."
+    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    return f'{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads'
+
+# %% ../nbs/00_core.ipynb #59567a9a
+def environment() -> dict:
+    "Return package versions, Python's version, the git commit and the device."
+    packages = ('torch', 'diffusers', 'transformers', 'peft', 'numpy')
+    return dict(versions={p: version(p) for p in packages}, python=platform.python_version(),
+                commit=_git_commit(), device=_device_name())

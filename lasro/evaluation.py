@@ -281,8 +281,9 @@ def _score_samples(
     eval_set: EvalSet,
     num_steps: int,
     rewards: dict,
+    world: World,
 ) -> pd.DataFrame:
-    "Score samples, with columns that say which samples they are."
+    "Score samples, with columns that say which samples they are and whether each is exactly right."
     prompt = (i % len(eval_set.prompts)).tolist()
     keys = pd.DataFrame(dict(
         num_steps=num_steps,
@@ -290,6 +291,7 @@ def _score_samples(
         prompt=prompt,
         noise=(i//len(eval_set.prompts)).tolist()))
     texts = [eval_set.prompts[p] for p in prompt]
+    if world.exact: keys['exact'] = world.exact(images, texts).tolist()
     return keys.join(score_pictures(images, texts, rewards))
 
 # %% ../nbs/05_evaluation.ipynb #88979db4
@@ -318,7 +320,7 @@ def evaluate(
             pictures.append(images[torch.isin(i, shown).to(images.device)].cpu())
             scored = i[i < n_scored]
             if not len(scored): continue
-            found = _score_samples(scored, images[:len(scored)], eval_set, num_steps, rewards)
+            found = _score_samples(scored, images[:len(scored)], eval_set, num_steps, rewards, world)
             scores.append(found)
     scores = pd.concat(scores, ignore_index=True)
     return _result(num_steps, scores, torch.cat(feats), torch.cat(pictures), world)

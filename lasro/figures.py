@@ -19,9 +19,10 @@ from .core import atomic_path
 from .evaluation import shown_prompts
 from .report import StoredRun, read_file
 
-# %% ../nbs/19_figures.ipynb #0d79248f
+# %% ../nbs/19_figures.ipynb #481e1dc3
 FIGURE_STYLE = {'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False}
 
+# %% ../nbs/19_figures.ipynb #3bcfd366
 ARM_STYLES = { # arm: colour, marker
     'base': ('#000000', 'o'), 'lcm_continued': ('#888888', 's'), 'lasro': ('#0072B2', 'D'),
     'rlcm': ('#D55E00', 'v'), 'rlcm-dropped': ('#D55E00', '^'), 'neighbor_grpo': ('#D55E00', 'h'),
@@ -58,18 +59,28 @@ def shown_scores(
     kept = first[first.prompt.isin(shown_prompts(len(first)))]
     return kept.set_index('prompt')[reward].sort_index()
 
-# %% ../nbs/19_figures.ipynb #6a207380
+# %% ../nbs/19_figures.ipynb #41a0c186
+def _draw_picture(ax, picture: np.ndarray, score: float):
+    "Draw one picture with its score below."
+    ax.imshow(picture, interpolation='nearest')
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel(f'{score:.2f}', labelpad=2)
+
+# %% ../nbs/19_figures.ipynb #6a961db6
 def _draw_pictures(axes, run: StoredRun, label: str, reward: str, num_steps: int):
-    "Draw a run's pictures with their scores, and their mean beside the label."
+    "Draw a run's pictures, and the mean of their scores beside the label."
     scores = shown_scores(run, reward, num_steps).iloc[:len(axes)]
-    for ax, picture, score in zip(axes, read_pictures(run, num_steps), scores):
-        ax.imshow(picture, interpolation='nearest')
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-        ax.set_xlabel(f'{score:.2f}', labelpad=2)
+    for drawn in zip(axes, read_pictures(run, num_steps), scores): _draw_picture(*drawn)
     axes[0].set_ylabel(f'{label}\n{scores.mean():.2f}')
 
-# %% ../nbs/19_figures.ipynb #eb4a8db4
+# %% ../nbs/19_figures.ipynb #f1619639
+def _grid_axes(nrows: int, ncols: int) -> tuple[plt.Figure, np.ndarray]:
+    "Return a figure with room for a line of text under each picture."
+    size = 1.3*ncols, 1.5*nrows+.4
+    return plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout='constrained')
+
+# %% ../nbs/19_figures.ipynb #a2cbd14e
 def picture_grid(
     rows: dict[str, StoredRun], # label: run
     titles: list[str],          # prompts of the first columns; fewer than 8 crop the picture
@@ -77,15 +88,20 @@ def picture_grid(
     num_steps: int = 2,
 ) -> plt.Figure:
     "Draw the same prompts and noise, a row for each run, with the reward under each picture."
-    size = 1.3*len(titles), 1.5*len(rows)+.4
-    shape = len(rows), len(titles)
-    fig, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout='constrained')
+    fig, axes = _grid_axes(len(rows), len(titles))
     for line, (label, run) in zip(axes, rows.items()):
         _draw_pictures(line, run, label, reward, num_steps)
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=8, wrap=True)
     return fig
 
-# %% ../nbs/19_figures.ipynb #c15bd743
+# %% ../nbs/19_figures.ipynb #80329bbc
+def _smaller(picture: Image.Image, width: int, colours: int = 0) -> Image.Image: # 0 keeps all
+    "Return a picture of this width, with at most so many colours."
+    picture = picture.resize((width, width*picture.height//picture.width), Image.LANCZOS)
+    if not colours: return picture
+    return picture.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+
+# %% ../nbs/19_figures.ipynb #0b4dd420
 def thumbnail(
     path: Path,
     width: int = 640,     # pixels
@@ -93,14 +109,20 @@ def thumbnail(
 ) -> DisplayedImage:
     "Return a picture file, made smaller for the screen."
     picture = Image.open(path).convert('RGB')
-    picture = picture.resize((width, width*picture.height//picture.width), Image.LANCZOS)
-    if format == 'png':
-        picture = picture.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture = _smaller(picture, width, colours=64 if format == 'png' else 0)
     out = io.BytesIO()
     picture.save(out, format, optimize=True, quality=70)
     return DisplayedImage(out.getvalue(), format=format)
 
-# %% ../nbs/19_figures.ipynb #b5f3b93c
+# %% ../nbs/19_figures.ipynb #390833d8
+def _write_figure(fig: plt.Figure, folder: Path, name: str) -> Path: # of the png
+    "Write a figure as png and svg."
+    with atomic_path(folder/f'{name}.png') as tmp: fig.savefig(tmp, format='png', dpi=120)
+    with atomic_path(folder/f'{name}.svg') as tmp, plt.rc_context({'svg.hashsalt': 'lasro'}):
+        fig.savefig(tmp, format='svg', metadata={'Date': None})
+    return folder/f'{name}.png'
+
+# %% ../nbs/19_figures.ipynb #d236a496
 def save_figure(
     fig: plt.Figure,
     out: Path,           # folder that holds figures/
@@ -109,9 +131,6 @@ def save_figure(
     format: str = 'png', # on the screen; 'jpeg' for pictures
 ) -> DisplayedImage:
     "Write a figure as png and svg, close it, and return it for display."
-    folder = Path(out)/'figures'
-    with atomic_path(folder/f'{name}.png') as tmp: fig.savefig(tmp, format='png', dpi=120)
-    with atomic_path(folder/f'{name}.svg') as tmp, plt.rc_context({'svg.hashsalt': 'lasro'}):
-        fig.savefig(tmp, format='svg', metadata={'Date': None})
+    written = _write_figure(fig, Path(out)/'figures', name)
     plt.close(fig)
-    return thumbnail(folder/f'{name}.png', width, format)
+    return thumbnail(written, width, format)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'ARMS', 'NO_REWARD', 'MAY_CHANGE', 'find_arm', 'Run', 'read_prompts', 'finetune']
 
-# %% ../nbs/15_finetuning.ipynb #657515fc
+# %% ../nbs/15_finetuning.ipynb #cf4b16c4
 import hashlib
 import json
 import logging
@@ -19,12 +19,14 @@ from diffusers import StableDiffusionXLPipeline
 from fastcore.basics import patch
 
 from .baselines import GORS, RLCM, RLCMDropped
+from .contrast import DrPO, NFT
 from .core import check_writable, environment, generator, is_finished
 from .core import load_json, save_json, show_images
 from .guided import Direct, RewardGuided
 from .lasro import LaSRO
 from .models import adapter_layers, adapters_off, encode_prompts, latent_shape
 from .monitor import first_alarms, save_metrics, save_trained, start_trackers
+from .perturbation import FDFO, NeighborGRPO
 from .preference import DiffusionDPO, PSO
 from .rewards import load_reward
 from .sampling import draw_noise, generate
@@ -35,7 +37,7 @@ from .world import load_world
 
 log = logging.getLogger('lasro')
 
-# %% ../nbs/15_finetuning.ipynb #ac7e5ae4
+# %% ../nbs/15_finetuning.ipynb #970280c4
 ARMS = { # name: class, options that differ from its defaults
     'base': (LCMContinued, dict(outer_steps=0)),
     'lcm_continued': (LCMContinued, {}),
@@ -53,6 +55,10 @@ ARMS = { # name: class, options that differ from its defaults
     'gors_lcm': (GORS, dict(c=0.)),
     'reward_guided': (RewardGuided, dict(lr=1e-4)),
     'direct': (Direct, dict(lr=8e-4)),
+    'fdfo': (FDFO, dict(lr=1e-4, c=0.)),
+    'neighbor_grpo': (NeighborGRPO, dict(lr=1e-4, c=0.)),
+    'nft': (NFT, dict(lr=1e-4, c=0.)),
+    'drpo': (DrPO, dict(lr=1e-4, c=0.)),
 }
 NO_REWARD = ('base', 'lcm_continued') # they do not use the reward: one run serves all rewards
 

@@ -6,7 +6,7 @@
 __all__ = ['log', 'PROBE_EVERY', 'HackingAlarm', 'note_alarm', 'first_alarms', 'draw_latents', 'probe', 'save_metrics',
            'start_trackers', 'log_row', 'save_samples', 'save_trained', 'snapshot']
 
-# %% ../nbs/10_monitor.ipynb #b9106ce0
+# %% ../nbs/10_monitor.ipynb #11cc4123
 import logging
 import math
 from collections import defaultdict
@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
+# %% ../nbs/10_monitor.ipynb #15185e5a
 from .core import atomic_path, save_csv, save_json, show_images
 from .evaluation import fid, moments
 from .models import decode, gathered, save_lora, save_weights
@@ -45,13 +46,18 @@ def _as_rows(metrics: list[dict] | pd.DataFrame) -> list[dict]:
     if not isinstance(metrics, pd.DataFrame): return metrics
     return [row.dropna().to_dict() for _, row in metrics.iterrows()]
 
-# %% ../nbs/10_monitor.ipynb #e187b5e2
+# %% ../nbs/10_monitor.ipynb #c0e49a86
+def _last_known(rows: list[dict], key: str, n: int) -> list[float]: # at most n
+    "Return the last finite values of a metric."
+    values = [r.get(key, math.nan) for r in rows]
+    return [x for x in values if math.isfinite(x)][-n:]
+
+# %% ../nbs/10_monitor.ipynb #2978d25e
 @patch
 def rank_check(self: HackingAlarm, rows: list[dict] # of metrics; the first is before any update
               ) -> str: # '' where all is well
     "Check that the surrogate still orders fresh samples as the reward does."
-    rho = [r.get('rank_correlation', math.nan) for r in rows[1:]]
-    rho = [x for x in rho if math.isfinite(x)][-self.rounds:]
+    rho = _last_known(rows[1:], 'rank_correlation', self.rounds)
     if len(rho) < self.rounds or np.mean(rho) >= self.least_rank: return ''
     seen = f'rank correlation on fresh samples is {np.mean(rho):.2f} over {self.rounds} rounds'
     return f'{seen}: raise surrogate_steps, or lower c2 or lr'
@@ -88,15 +94,20 @@ def fid_check(self: HackingAlarm, first: dict, last: list[dict]) -> str:
     seen = f"FID rose from {first['probe_fid']:.2f} to {np.mean(found):.2f}"
     return f'{seen}: lower c2 or lr, or raise c'
 
-# %% ../nbs/10_monitor.ipynb #ebb96c49
+# %% ../nbs/10_monitor.ipynb #236f5416
+def _first_and_last(rows: list[dict], n: int) -> tuple[dict, list[dict]]:
+    "Return the first probe and the last n; no last ones before there are n beside the first."
+    probes = [r for r in rows if 'probe_reward' in r]
+    first, *later = probes or [{}]
+    return first, later[-n:] if len(later) >= n else []
+
+# %% ../nbs/10_monitor.ipynb #280a0307
 @patch
 def __call__(self: HackingAlarm, metrics: list[dict] | pd.DataFrame # a row per round
             ) -> dict[str, str]: # sign: what is seen, and what to do
     "Return the signs that are there now."
     rows = _as_rows(metrics)
-    probes = [r for r in rows if 'probe_reward' in r]
-    first, *later = probes or [{}]
-    last = later[-self.probes:] if len(later) >= self.probes else []
+    first, last = _first_and_last(rows, self.probes)
     signs = dict(rank=self.rank_check(rows), held_out=self.held_out_check(first, last),
                  fid=self.fid_check(first, last))
     return {sign: text for sign, text in signs.items() if text}
@@ -154,23 +165,29 @@ def _parts(reward: Reward, info: dict) -> dict[str, torch.Tensor]: # column: rew
     if not isinstance(reward, WeightedSum): return {}
     return {f'reward/{part}': rewards for part, rewards in info['parts'].items()}
 
-# %% ../nbs/10_monitor.ipynb #77c274d3
+# %% ../nbs/10_monitor.ipynb #2cbaa264
+def _measure_batch(task: Task, images: torch.Tensor, texts: list[str]) -> dict[str, torch.Tensor]:
+    "Measure pictures of these prompts."
+    reward, info = task.reward(images, texts)
+    found = dict(reward=reward.float().to(task.device))
+    for name, x in _parts(task.reward, info).items(): found[name] = x.to(task.device)
+    if task.held_out: found['held_out'] = _held_out_scores(task, images, texts)
+    if task.world.features: found['features'] = task.features(images)
+    return found
+
+# %% ../nbs/10_monitor.ipynb #74b82511
 def _measure(
     task: Task,
     prompt: torch.Tensor,        # (n,), index of the training prompts
     drawn: list[tuple]           # what `draw_latents` yields
 ) -> dict[str, torch.Tensor]: # reward (B,), held_out (B,), features (B, F)
     "Decode and measure the samples of this process."
-    found = defaultdict(list)
+    parts = defaultdict(list)
     for z, i in drawn:
-        images = decode(task.pipe.vae, z)
         texts = [task.texts[p] for p in prompt[i].tolist()]
-        reward, info = task.reward(images, texts)
-        found['reward'].append(reward.float().to(task.device))
-        for name, x in _parts(task.reward, info).items(): found[name].append(x.to(task.device))
-        if task.held_out: found['held_out'].append(_held_out_scores(task, images, texts))
-        if task.world.features: found['features'].append(task.features(images))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        found = _measure_batch(task, decode(task.pipe.vae, z), texts)
+        for name, x in found.items(): parts[name].append(x)
+    return {name: torch.cat(xs) for name, xs in parts.items()}
 
 # %% ../nbs/10_monitor.ipynb #75322477
 def _summary(name: str, scores: torch.Tensor) -> dict: # empty if no score could be read
@@ -199,7 +216,16 @@ def _draw_probe(task: Task, generator, n: int) -> tuple[torch.Tensor, list]:
     noise, injected = task.noise(len(prompt), g)
     return prompt, list(draw_latents(task, generator, prompt, noise, injected, default=64))
 
-# %% ../nbs/10_monitor.ipynb #600a1f89
+# %% ../nbs/10_monitor.ipynb #40555dd5
+def _measure_together(task: Task, prompt: torch.Tensor, drawn: list[tuple]) -> dict[str, torch.Tensor]:
+    "Measure on all processes and collect. An error in one process ends all of them."
+    error = None
+    try: found = _measure(task, prompt, drawn)
+    except Exception as e: error = e
+    task.agree(error)
+    return {name: task.gather(x, len(prompt)) for name, x in found.items()}
+
+# %% ../nbs/10_monitor.ipynb #286c3667
 PROBE_EVERY = 5 # rounds
 
 @torch.no_grad()
@@ -210,11 +236,7 @@ def probe(
 ) -> dict: # mean and deviation of the reward and of the held-out one, FID of these pictures
     "Measure the model on training prompts, with the same noise each time."
     prompt, drawn = _draw_probe(task, generator, n)
-    error = None
-    try: found = _measure(task, prompt, drawn)
-    except Exception as e: error = e
-    task.agree(error)
-    return _point(task, {name: task.gather(x, len(prompt)) for name, x in found.items()})
+    return _point(task, _measure_together(task, prompt, drawn))
 
 # %% ../nbs/10_monitor.ipynb #b23125c9
 def _as_text(value) -> str:
@@ -288,14 +310,19 @@ def _snapshot_folder(out: Path, row: dict) -> Path:
     "Return the folder of the snapshot of a round."
     return out/'snapshots'/f"step-{row['step']:05d}"
 
-# %% ../nbs/10_monitor.ipynb #1b1897a5
-def _note_best(rows: list[dict], out: Path):
-    "Write `snapshots/best.json`."
+# %% ../nbs/10_monitor.ipynb #726701e0
+def _best_snapshot(rows: list[dict], out: Path) -> tuple[dict | None, str]: # its row; the column
+    "Return the best of the rounds whose snapshot is there."
     watched = any('probe_held_out' in r for r in rows)
     key = 'probe_held_out' if watched else 'probe_reward'
     kept = [r for r in rows if key in r and _snapshot_folder(out, r).exists()]
-    if not kept: return
-    best = max(kept, key=lambda r: r[key])
+    return max(kept, key=lambda r: r[key], default=None), key
+
+# %% ../nbs/10_monitor.ipynb #92df618a
+def _note_best(rows: list[dict], out: Path):
+    "Write `snapshots/best.json`."
+    best, key = _best_snapshot(rows, out)
+    if not best: return
     found = dict(folder=_snapshot_folder(out, best).name, by=key, value=round(best[key], 5))
     save_json(found, out/'snapshots'/'best.json')
 

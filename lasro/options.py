@@ -31,16 +31,21 @@ def option(
     "Return a dataclass field that remembers its range."
     return field(default=default, metadata=dict(low=low, high=high, choices=choices))
 
-# %% ../nbs/09_options.ipynb #f082600a
+# %% ../nbs/09_options.ipynb #2af10ae5
+def _range_problem(f, value) -> str | None:
+    "Say how a value is outside of the range of field `f`, or return None."
+    low, high, choices = (f.metadata.get(name) for name in ('low', 'high', 'choices'))
+    if low is not None and value < low: return f'is too small: give at least {low}'
+    if high is not None and value > high: return f'is too large: give at most {high}'
+    if choices and value not in choices: return f'is unknown: choose one of {choices}'
+
+# %% ../nbs/09_options.ipynb #af731a98
 def _problem(f, value) -> str | None:
     "Say what is wrong with a value of field `f`, or return None."
     if type(value) is not f.type:
         return f'is {type(value).__name__}, but must be {f.type.__name__}'
     if f.type is float and not math.isfinite(value): return 'is not finite'
-    low, high, choices = (f.metadata.get(name) for name in ('low', 'high', 'choices'))
-    if low is not None and value < low: return f'is too small: give at least {low}'
-    if high is not None and value > high: return f'is too large: give at most {high}'
-    if choices and value not in choices: return f'is unknown: choose one of {choices}'
+    return _range_problem(f, value)
 
 # %% ../nbs/09_options.ipynb #c0bad8cb
 def check_options(options):
@@ -131,18 +136,23 @@ def _unknown(name: str, kind: type) -> str:
     hint = f'did you mean {close[0]}?' if close else f'help({kind.__name__}) lists all'
     return f'unknown option {name!r}: {hint}'
 
-# %% ../nbs/09_options.ipynb #da2c6159
+# %% ../nbs/09_options.ipynb #c7c1c6d9
+def _check_names(names, kind: type):
+    "Raise ValueError for the first name that is no option."
+    known = [f.name for f in fields(kind)]
+    for name in names:
+        if name not in known: raise ValueError(_unknown(name, kind))
+
+# %% ../nbs/09_options.ipynb #385d42ef
 def make_options(
     profile_name: str,    # gives the sizes
     kind: type = Options, # the arm's class of options
     **changed
 ) -> Options:
     "Return options with a profile's sizes. Raises ValueError for an unknown name or a bad value."
+    _check_names(changed, kind)
     names = [f.name for f in fields(kind)]
-    for name in changed:
-        if name not in names: raise ValueError(_unknown(name, kind))
-    sizes = asdict(profile(profile_name))
-    sizes = {name: n for name, n in sizes.items() if name in names}
+    sizes = {name: n for name, n in asdict(profile(profile_name)).items() if name in names}
     return kind(**sizes | changed)
 
 # %% ../nbs/09_options.ipynb #d2ad6234
@@ -189,16 +199,14 @@ def paused(self: Budget):
     try: yield
     finally: self.started += time.monotonic()-start
 
-# %% ../nbs/09_options.ipynb #41360084
+# %% ../nbs/09_options.ipynb #5544064b
 @patch
 def record(self: Budget) -> dict:
     "Return what was spent until now, earlier processes of the same run included."
     seconds = self.wall_s + time.monotonic()-self.started
     megabytes = max(self.peak_mb, peak_memory())
-    return dict(reward_calls=self.reward_calls,
-                forward_equivalents=round(self.forward_equivalents, 1),
-                wall_s=round(seconds, 3),
-                peak_mb=round(megabytes, 1))
+    return dict(reward_calls=self.reward_calls, wall_s=round(seconds, 3), peak_mb=round(megabytes, 1),
+                forward_equivalents=round(self.forward_equivalents, 1))
 
 # %% ../nbs/09_options.ipynb #4a671e07
 @patch

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['Paired', 'dpo_margin', 'DiffusionDPO', 'pso_margin', 'PSO']
 
-# %% ../nbs/14_preference.ipynb #1b76667b
-import copy
+# %% ../nbs/14_preference.ipynb #b0c8ee1d
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +14,17 @@ from fastcore.basics import patch
 
 from .baselines import Baseline, log_prob, ratio_numbers
 from .core import randn
-from .models import adapters_off, predict_noise
+from .models import Reference, predict_noise
 from .sampling import add_noise, denoise, lcm_timesteps
 from .surrogate import ordered_pairs
 from .task import MicroGroup, Task
 
-# %% ../nbs/14_preference.ipynb #17d61990
+# %% ../nbs/14_preference.ipynb #264c62f5
 class Paired(Baseline):
     "An arm that learns from pairs of samples."
     def __init__(self, task: Task):
-        unet = task.pipe.unet
-        self.copy = None if task.options.lora_rank else copy.deepcopy(unet).requires_grad_(False)
+        self.reference = Reference(task.pipe.unet, bool(task.options.lora_rank)) # before the run
         super().__init__(task)
-    @contextmanager
-    def reference(self):
-        "The UNet as it was before the run, without gradient."
-        with torch.no_grad():
-            if self.copy: yield self.copy
-            else:
-                with adapters_off(self.task.pipe.unet) as unet: yield unet
 
 # %% ../nbs/14_preference.ipynb #3c289647
 @patch

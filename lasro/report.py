@@ -46,10 +46,11 @@ class StoredRun(NamedTuple):
         named = [self.record[k] for k in ('arm', 'reward', 'setting')]
         return f"{' '.join(named)}, seed {self.record['seed']}, {len(self.scores)} scores"
 
-# %% ../nbs/18_report.ipynb #93fdfb50
+# %% ../nbs/18_report.ipynb #6648dbfd
 def _read_scores(path: Path) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(gzip.decompress(path.read_bytes())))
 
+# %% ../nbs/18_report.ipynb #af3fb3b3
 def read_run(folder: Path) -> StoredRun:
     "Read one finished run."
     folder = Path(folder)
@@ -90,9 +91,10 @@ def setting_runs(runs: list[StoredRun]) -> dict[str, list[StoredRun]]:
         groups.setdefault(label, []).append(run)
     return groups
 
-# %% ../nbs/18_report.ipynb #07ad6b7d
+# %% ../nbs/18_report.ipynb #c4a47e67
 ANY_SEED = 'any'
 
+# %% ../nbs/18_report.ipynb #26cb0714
 def _prompt_means(run: StoredRun, reward: str, num_steps: int, combos: str) -> pd.Series: # by prompt
     "Return a run's mean over noises for each prompt."
     if reward not in run.scores:
@@ -140,9 +142,14 @@ def compare(
     a, b = pair(mine, theirs)
     return paired_difference(a, b) if len(a) else Estimate(np.nan)
 
-# %% ../nbs/18_report.ipynb #48e2f859
-DIFFERENCE = ['diff', 'diff_ci_low', 'diff_ci_high', 'p', 'verdict'] # its columns
+# %% ../nbs/18_report.ipynb #22c96e3a
+DIFFERENCE = ['diff', 'diff_ci_low', 'diff_ci_high', 'p', 'verdict'] # columns of a difference
 
+def _difference_row(e: Estimate) -> list:
+    "Return the difference, its interval, p and the verdict; no verdict without a test."
+    return [*e[:4], '' if np.isnan(e.p) else verdict(e.p, e.mean)]
+
+# %% ../nbs/18_report.ipynb #2b8e933c
 def difference_table(
     groups: dict[str, list[StoredRun]], # label: runs of one arm and setting
     others: list[StoredRun],            # what they are compared with
@@ -152,26 +159,26 @@ def difference_table(
 ) -> pd.DataFrame: # a row for each label: diff, its interval, p, verdict
     "Return the difference of every group to `others`, corrected as one family of tests."
     found = [compare(runs, others, reward, num_steps, combos) for runs in groups.values()]
-    rows = [[*e[:4], '' if np.isnan(e.p) else verdict(e.p, e.mean)] for e in correct(found)]
+    rows = [_difference_row(e) for e in correct(found)]
     return pd.DataFrame(rows, index=list(groups), columns=DIFFERENCE)
 
-# %% ../nbs/18_report.ipynb #d220ca3b
+# %% ../nbs/18_report.ipynb #e0b2ed4c
 def _read_arrays(path: Path) -> dict: return dict(np.load(path, allow_pickle=False))
 
-# %% ../nbs/18_report.ipynb #58f72431
+def _fidelity_row(saved: dict, n: int) -> dict:
+    "Return FID, its floor, KID, number of pictures and mean diversity at n steps."
+    row = {name: saved[f'{name}_{n}'].item() for name in ('fid', 'fid_floor', 'kid', 'n')}
+    return row | dict(diversity=float(saved[f'diversity_{n}'].mean()))
+
+# %% ../nbs/18_report.ipynb #fbec119d
 @cache
 def read_fidelity(folder: Path # of a run
                  ) -> pd.DataFrame: # a row for each number of sampling steps
     "Read FID, its floor, KID and diversity of a run."
     saved = read_file(Path(folder)/'fid_stats.npz', _read_arrays)
     steps = sorted(int(name.removeprefix('n_')) for name in saved if name.startswith('n_'))
-    rows = {}
-    for n in steps:
-        rows[n] = {name: saved[f'{name}_{n}'].item() for name in ('fid', 'fid_floor', 'kid', 'n')}
-        rows[n]['diversity'] = float(saved[f'diversity_{n}'].mean())
-    table = pd.DataFrame(rows).T.rename_axis('num_steps')
-    table['fid_minus_floor'] = table.fid-table.fid_floor
-    return table
+    table = pd.DataFrame({n: _fidelity_row(saved, n) for n in steps}).T.rename_axis('num_steps')
+    return table.assign(fid_minus_floor=table.fid-table.fid_floor)
 
 # %% ../nbs/18_report.ipynb #f19845ea
 def fidelity(
@@ -230,7 +237,15 @@ def _main_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/18_report.ipynb #4b99f1ed
+# %% ../nbs/18_report.ipynb #8a18d16e
+def _groups_with_base(runs: list[StoredRun], arms: Sequence[str], reward: str) -> dict[str, list]:
+    "Return the runs of each arm that has some; raise ValueError if `base` has none."
+    groups = {arm: arm_runs(runs, arm, reward) for arm in arms}
+    groups = {arm: found for arm, found in groups.items() if found}
+    if 'base' in groups: return groups
+    raise ValueError(f'no run of base for {reward}: all arms are compared with it')
+
+# %% ../nbs/18_report.ipynb #9c4739e5
 def main_table(
     runs: list[StoredRun],        # default settings, one world, one split
     arms: Sequence[str],          # in the order of the table; those without runs are left out
@@ -242,10 +257,7 @@ def main_table(
     "Return tab_main: each arm on each reward, against the untouched model."
     rows = []
     for reward, check in held_out.items():
-        groups = {arm: arm_runs(runs, arm, reward) for arm in arms}
-        groups = {arm: found for arm, found in groups.items() if found}
-        if 'base' not in groups:
-            raise ValueError(f'no run of base for {reward}: all arms are compared with it')
+        groups = _groups_with_base(runs, arms, reward)
         for n in num_steps: rows += _main_rows(groups, reward, check, n, combos, measures)
     return pd.DataFrame(rows)
 
@@ -260,7 +272,15 @@ def estimate_text(
     text = [str(Estimate(*row)) for row in table[[mean, low, high]].to_numpy(dtype=float)]
     return pd.Series(text, index=table.index).where(table[mean].notna(), '')
 
-# %% ../nbs/18_report.ipynb #d9931c38
+# %% ../nbs/18_report.ipynb #16ea6dd7
+def _estimate_columns(t: pd.DataFrame, reward: str) -> pd.DataFrame:
+    "Return the reward, the difference to the base, its p and the verdict as text."
+    out = pd.DataFrame({reward: estimate_text(t, 'mean', 'ci_low', 'ci_high')})
+    out['difference to base'] = estimate_text(t, 'diff', 'diff_ci_low', 'diff_ci_high')
+    out['p'] = t.p.map('{:.2g}'.format).where(t.p.notna(), '')
+    return out.assign(verdict=t.verdict.fillna(''))
+
+# %% ../nbs/18_report.ipynb #f8abdcf8
 def main_text(
     table: pd.DataFrame, # of `main_table`
     reward: str,
@@ -269,14 +289,10 @@ def main_text(
 ) -> pd.DataFrame: # a row for each arm
     "Return the rows of one reward for reading."
     t = table[(table.reward == reward) & (table.num_steps == num_steps)].set_index('arm')
-    out = pd.DataFrame({reward: estimate_text(t, 'mean', 'ci_low', 'ci_high')})
-    out['difference to base'] = estimate_text(t, 'diff', 'diff_ci_low', 'diff_ci_high')
-    out['p'] = t.p.map('{:.2g}'.format).where(t.p.notna(), '')
-    out['verdict'] = t.verdict.fillna('')
+    out = _estimate_columns(t, reward)
     beside = [*measures, 'held_out', 'fid_minus_floor', 'diversity']
     out[beside] = t[beside].round(3)
-    out['seeds'] = t.seeds
-    out['reward_calls'] = t.reward_calls.astype(int)
+    out = out.assign(seeds=t.seeds, reward_calls=t.reward_calls.astype(int))
     return out.rename(columns=dict(held_out=f'{t.held_out_reward.iloc[0]} (held out)'))
 
 # %% ../nbs/18_report.ipynb #06cb83c5

@@ -60,21 +60,32 @@ def _mean_squares(y: np.ndarray # (seeds, prompts), at least 2 of each
     E = (rest**2).sum()/((S-1)*(P-1))
     return A, B, E
 
-# %% ../nbs/06_statistics.ipynb #e49a5837
+# %% ../nbs/06_statistics.ipynb #2bbb8165
+def _crossed_variance(y: np.ndarray # (seeds, prompts), at least 2 of each
+                     ) -> tuple[float, float]: # V; degrees of freedom
+    "Return V, and Satterthwaite's degrees of freedom (S-1 where V is 0)."
+    S, P = y.shape
+    A, B, E = _mean_squares(y)
+    V = max(A, B, A+B-E)
+    if V == 0: return 0., S-1
+    return V, V**2/(A**2/(S-1) + B**2/(P-1) + E**2/((S-1)*(P-1)))
+
+# %% ../nbs/06_statistics.ipynb #a0bab7a3
+def _score_array(values) -> np.ndarray: # (seeds, prompts)
+    "Return a table as an array. Raises ValueError if a value is not finite."
+    y = np.atleast_2d(np.asarray(values, dtype=float))
+    if np.isfinite(y).all(): return y
+    bad = np.sum(~np.isfinite(y))
+    raise ValueError(f'{bad} of {y.size} values are not finite: every seed needs every prompt')
+
+# %% ../nbs/06_statistics.ipynb #4c8cd769
 def crossed_mean(values: np.ndarray # (seeds, prompts), or (prompts,) for a single seed
                 ) -> Estimate:
     "Return the mean of a seeds x prompts table; its interval allows for other seeds and other prompts."
-    y = np.atleast_2d(np.asarray(values, dtype=float))
-    if not np.isfinite(y).all():
-        bad = np.sum(~np.isfinite(y))
-        raise ValueError(f'{bad} of {y.size} values are not finite: every seed needs every prompt')
-    S, P = y.shape
-    if min(S, P) == 1: return t_interval(y.ravel())
-    A, B, E = _mean_squares(y)
-    V = max(A, B, A+B-E)
-    if V == 0: return _t_estimate(float(y.mean()), 0., S-1)
-    df = V**2/(A**2/(S-1) + B**2/(P-1) + E**2/((S-1)*(P-1)))
-    return _t_estimate(float(y.mean()), np.sqrt(V/(S*P)), df)
+    y = _score_array(values)
+    if min(y.shape) == 1: return t_interval(y.ravel())
+    V, df = _crossed_variance(y)
+    return _t_estimate(float(y.mean()), np.sqrt(V/y.size), df)
 
 # %% ../nbs/06_statistics.ipynb #d44db6af
 def paired_difference(
@@ -150,7 +161,12 @@ def claim_verdict(
     if high < 0: return 'fails' if above else 'holds'
     return 'undecided'
 
-# %% ../nbs/06_statistics.ipynb #9cc34f16
+# %% ../nbs/06_statistics.ipynb #c324f440
+def _resample(rng, sets: list[np.ndarray]) -> list[np.ndarray]:
+    "Draw the rows of each set with replacement."
+    return [x[rng.integers(len(x), size=len(x))] for x in sets]
+
+# %% ../nbs/06_statistics.ipynb #06ba58ca
 def bootstrap(
     statistic: Callable, # of arrays: a number, or nan where it is not defined
     *sets: np.ndarray, # arrays with independent rows, independent of each other
@@ -160,16 +176,20 @@ def bootstrap(
     "Return a statistic with the 95 % percentile interval of a bootstrap over the rows of every set."
     rng = np.random.default_rng(seed)
     sets = [np.asarray(x, dtype=float) for x in sets]
-    found = []
-    for _ in range(resamples):
-        drawn = [x[rng.integers(len(x), size=len(x))] for x in sets]
-        found.append(statistic(*drawn))
-    defined = np.array(found)[np.isfinite(found)]
-    if len(defined) < .975*resamples: return Estimate(float(statistic(*sets)))
+    mean = float(statistic(*sets))
+    found = np.array([statistic(*_resample(rng, sets)) for _ in range(resamples)])
+    defined = found[np.isfinite(found)]
+    if len(defined) < .975*resamples: return Estimate(mean)
     low, high = np.quantile(defined, (.025, .975))
-    return Estimate(float(statistic(*sets)), float(low), float(high))
+    return Estimate(mean, float(low), float(high))
 
-# %% ../nbs/06_statistics.ipynb #8d3a939e
+# %% ../nbs/06_statistics.ipynb #a2520255
+def _between(goal: float, gains: Sequence, spent: Sequence) -> float:
+    "Interpolate the cost of `goal` between two points of a curve."
+    part = (goal-gains[0])/(gains[1]-gains[0])
+    return float(spent[0]+part*(spent[1]-spent[0]))
+
+# %% ../nbs/06_statistics.ipynb #5c9d58aa
 def _first_reached(goal: float, spent: np.ndarray, gains: np.ndarray # both (budgets,), cheapest first
                   ) -> float: # inf where the goal is never reached
     "Return the interpolated cost at which a curve first reaches `goal`."
@@ -177,8 +197,7 @@ def _first_reached(goal: float, spent: np.ndarray, gains: np.ndarray # both (bud
     if not len(there): return np.inf
     k = there[0]
     if k == 0: return float(spent[0])
-    part = (goal-gains[k-1])/(gains[k]-gains[k-1])
-    return float(spent[k-1]+part*(spent[k]-spent[k-1]))
+    return _between(goal, gains[k-1:k+1], spent[k-1:k+1])
 
 # %% ../nbs/06_statistics.ipynb #81d2786a
 def cost_to_reach(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEVIATION_SAMPLES', 'MicroGroup', 'make_accelerator', 'process_device', 'Task', 'sampled_data', 'Inputs', 'make_task']
 
-# %% ../nbs/09_task.ipynb #20505066
+# %% ../nbs/09_task.ipynb #0bc8f988
 import copy
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from fastcore.basics import patch
 from torch import nn
 
+# %% ../nbs/09_task.ipynb #5a5fd5c7
 from .core import generator
 from .exploration import label
 from .models import Conditioning, add_lora, encode_prompts, latent_shape, load_teacher
@@ -56,7 +57,16 @@ def _forget_earlier_run():
     AcceleratorState._reset_state(reset_partial_state=not connected)
     GradientState._reset_state()
 
-# %% ../nbs/09_task.ipynb #79d786df
+# %% ../nbs/09_task.ipynb #90d55eb1
+def _check_accelerator(accelerator: Accelerator, micro_groups: int, log_with: str):
+    "Raise ValueError if a tracker is missing or the micro-groups cannot be shared out."
+    if log_with and not accelerator.log_with:
+        raise ValueError(f'log_with={log_with!r} is not installed: pip install {log_with}')
+    n = accelerator.num_processes
+    if micro_groups % n:
+        raise ValueError(f'micro_groups={micro_groups} for {n} processes: give a multiple of {n}')
+
+# %% ../nbs/09_task.ipynb #8380674f
 def make_accelerator(
     device: torch.device,        # of the pipeline
     micro_groups: int = 1,       # parts of a batch
@@ -64,15 +74,11 @@ def make_accelerator(
     log_with: str = '',          # name of a tracker
     project_dir=None             # folder of the tracker's files
 ) -> Accelerator:
-    "Return the Accelerator of a run. Started by `accelerate launch` it knows the other processes."
+    "Return the Accelerator of a run."
     _forget_earlier_run()
     accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=mixed_precision,
                               log_with=log_with or None, project_dir=project_dir)
-    if log_with and not accelerator.log_with:
-        raise ValueError(f'log_with={log_with!r} is not installed: pip install {log_with}')
-    n = accelerator.num_processes
-    if micro_groups % n:
-        raise ValueError(f'micro_groups={micro_groups} for {n} processes: give a multiple of {n}')
+    _check_accelerator(accelerator, micro_groups, log_with)
     return accelerator
 
 # %% ../nbs/09_task.ipynb #c1531b77
@@ -99,33 +105,38 @@ class Task:
     guidance_scale: float = 8.      # of the teacher in the LCM loss
     budget: Budget = field(default_factory=Budget)
 
-# %% ../nbs/09_task.ipynb #fb35cc35
+# %% ../nbs/09_task.ipynb #928b44ea
 @patch(as_prop=True)
 def num_steps(self: Task) -> int: return self.options.num_steps
 
 @patch(as_prop=True)
 def device(self: Task) -> torch.device: return self.cond.pooled.device
 
+# %% ../nbs/09_task.ipynb #60bfd308
 @patch(as_prop=True)
 def writes(self: Task) -> bool:
     "True in the one process that writes the files."
     return self.accelerator.is_main_process
 
-# %% ../nbs/09_task.ipynb #1c87aac5
+# %% ../nbs/09_task.ipynb #cc7a9a1b
 @torch.no_grad()
+def _sample_batches(pipe, cond: Conditioning, batches) -> torch.Tensor: # clean latents (M, C, h, w)
+    "Sample the model with four steps."
+    n = sum(map(len, batches))
+    noise, injected = draw_noise(n, 4, generator(0, 'lcm data'), latent_shape(pipe), pipe.device)
+    latents = [sample(pipe, cond[i], noise[i], injected[:, i], 4).final for i in batches]
+    return torch.cat(latents)
+
+# %% ../nbs/09_task.ipynb #0eede962
 def sampled_data(
     pipe,
     cond: Conditioning,   # of the training prompts
     limit: int = 512,     # samples at most
     batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]: # clean latents (M, C, h, w), index (M,) of their prompts
-    "Sample the model itself with four steps."
+    "Make the data of the LCM loss from the model itself."
     index = torch.arange(min(limit, len(cond)))
-    shape = latent_shape(pipe)
-    noise, injected = draw_noise(len(index), 4, generator(0, 'lcm data'), shape, pipe.device)
-    batches = index.split(batch_size)
-    latents = [sample(pipe, cond[i], noise[i], injected[:, i], 4).final for i in batches]
-    return torch.cat(latents), index
+    return _sample_batches(pipe, cond, index.split(batch_size)), index
 
 # %% ../nbs/09_task.ipynb #5fd8b562
 @dataclass
@@ -140,7 +151,14 @@ class Inputs:
     in_place: bool = False              # tune `pipe.unet` itself instead of a copy
     before_record: object = None        # called with the Run before its record is written
 
-# %% ../nbs/09_task.ipynb #ca0ab0dc
+# %% ../nbs/09_task.ipynb #933c2b75
+def _held_out(reward: Reward | None, inputs: Inputs, world: World, device) -> Reward | None:
+    "Load the given held-out reward, or in an embedded world the one that the reward names."
+    held_out = inputs.held_out
+    if held_out is None and reward and world.folder: held_out = reward.held_out
+    return load_reward(held_out, device, world) if held_out else None
+
+# %% ../nbs/09_task.ipynb #3db990de
 def _load_rewards(
     reward,              # what `load_reward` takes, or None
     inputs: Inputs,
@@ -149,9 +167,7 @@ def _load_rewards(
 ) -> tuple[Reward | None, Reward | None]:
     "Load the reward and the held-out one."
     if reward is not None: reward = load_reward(reward, device, world)
-    held_out = inputs.held_out
-    if held_out is None and reward and world.folder: held_out = reward.held_out
-    return reward, load_reward(held_out, device, world) if held_out else None
+    return reward, _held_out(reward, inputs, world, device)
 
 # %% ../nbs/09_task.ipynb #ed6777ca
 DEVIATION_SAMPLES = 64 # not stated; we chose
@@ -191,22 +207,26 @@ def _find_data(inputs: Inputs, world: World, pipe, texts, cond) -> tuple: # late
     else: latents, index = sampled_data(pipe, cond)
     return latents.to(cond.pooled.device), index
 
-# %% ../nbs/09_task.ipynb #de39dcb9
+# %% ../nbs/09_task.ipynb #92044592
+def _prepare_unet(unet, o: Options, seed: int): # seed of an adapter's first weights
+    "Let the UNet be trained: all of it, or an adapter."
+    unet.requires_grad_(True)
+    torch.manual_seed(seed)
+    if o.lora_rank: add_lora(unet, o.lora_rank)
+    if o.gradient_checkpointing: unet.enable_gradient_checkpointing()
+
+# %% ../nbs/09_task.ipynb #dff91d40
 def _trainable_pipeline(
     pipe,
     o: Options,
     in_place: bool, # tune `pipe.unet` itself
     seed: int       # of an adapter's first weights
 ) -> StableDiffusionXLPipeline:
-    "Return a pipeline whose UNet can be trained: all of it, or an adapter."
+    "Return a pipeline whose UNet can be trained."
     unet = pipe.unet if in_place else copy.deepcopy(pipe.unet)
-    unet.requires_grad_(True)
-    torch.manual_seed(seed)
-    if o.lora_rank: add_lora(unet, o.lora_rank)
-    if o.gradient_checkpointing: unet.enable_gradient_checkpointing()
+    _prepare_unet(unet, o, seed)
     if in_place: return pipe
-    parts = dict(pipe.components, unet=unet)
-    tuned = type(pipe)(**parts, add_watermarker=False)
+    tuned = type(pipe)(**dict(pipe.components, unet=unet), add_watermarker=False)
     tuned.set_progress_bar_config(disable=True)
     return tuned
 
@@ -219,7 +239,19 @@ def _run_accelerator(pipe, o: Options, project_dir) -> Accelerator:
         raise ValueError('FSDP shards full tuning only: set lora_rank and surrogate_rank to 0')
     return accelerator
 
-# %% ../nbs/09_task.ipynb #15a74da2
+# %% ../nbs/09_task.ipynb #1ad38eca
+def _find_inputs(pipe, texts: list[str], options: Options, inputs: Inputs, world: World) -> dict:
+    "Return the fields of a task that come from the inputs or from the world."
+    cond = inputs.cond
+    cond = encode_prompts(pipe, texts) if cond is None else cond.to(pipe.device)
+    teacher = _find_teacher(inputs, world, pipe.device)
+    if options.gradient_checkpointing: teacher.enable_gradient_checkpointing()
+    guidance = inputs.guidance_scale
+    if guidance is None: guidance = world.guidance_scale
+    data = _find_data(inputs, world, pipe, texts, cond)
+    return dict(teacher=teacher, cond=cond, data=data, guidance_scale=guidance)
+
+# %% ../nbs/09_task.ipynb #a0eab735
 def make_task(
     pipe,                         # a few-step pipeline of the SDXL family
     reward,                       # a name, 'module:function', a callable, a Reward, or None
@@ -234,15 +266,9 @@ def make_task(
     reward, held_out = _load_rewards(reward, inputs, world, process_device(pipe))
     accelerator = _run_accelerator(pipe, options, project_dir)
     pipe = pipe.to(accelerator.device)
-    cond = inputs.cond
-    cond = encode_prompts(pipe, texts) if cond is None else cond.to(pipe.device)
-    teacher = _find_teacher(inputs, world, pipe.device)
-    if options.gradient_checkpointing: teacher.enable_gradient_checkpointing()
-    data = _find_data(inputs, world, pipe, texts, cond)
-    guidance = inputs.guidance_scale
-    if guidance is None: guidance = world.guidance_scale
-    task = Task(pipe, teacher, reward, texts, cond, data, options, seed,
-                accelerator, world, held_out, guidance)
+    found = _find_inputs(pipe, texts, options, inputs, world)
+    task = Task(pipe, reward=reward, texts=texts, options=options, seed=seed,
+                accelerator=accelerator, world=world, held_out=held_out, **found)
     _measure_sum(task, pipe)
     task.pipe = _trainable_pipeline(pipe, options, inputs.in_place, seed)
     return task
@@ -253,17 +279,11 @@ def stream(self: Task, *names) -> torch.Generator:
     "Return the random stream of this run that has this name."
     return generator(self.seed, *names)
 
-# %% ../nbs/09_task.ipynb #dda77083
+# %% ../nbs/09_task.ipynb #eaf48590
 @patch(as_prop=True)
 def noise_shape(self: Task) -> tuple[int, int, int]:
     "The shape of one latent."
     return latent_shape(self.pipe)
-
-@patch(as_prop=True)
-def vision(self: Task) -> nn.Module | None:
-    "The world's vision tower, for the surrogate's backbones that need one."
-    needed = self.options.backbone in ('clip', 'blip')
-    return self.world.vision() if needed and self.world.vision else None
 
 # %% ../nbs/09_task.ipynb #ee539abe
 @patch
@@ -274,6 +294,13 @@ def noise(
 ) -> tuple[torch.Tensor, torch.Tensor]: # x_T (n, C, h, w), injected (num_steps-1, n, C, h, w)
     "Draw all noise of `n` samples."
     return draw_noise(n, self.num_steps, g, self.noise_shape, self.device)
+
+# %% ../nbs/09_task.ipynb #13398c8f
+@patch(as_prop=True)
+def vision(self: Task) -> nn.Module | None:
+    "The world's vision tower, for the surrogate's backbones that need one."
+    needed = self.options.backbone in ('clip', 'blip')
+    return self.world.vision() if needed and self.world.vision else None
 
 # %% ../nbs/09_task.ipynb #8ffd1e14
 @patch

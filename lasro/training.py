@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'learning_rate', 'PreparedNetwork', 'Trained', 'Arm', 'LCMContinued', 'checkpoint', 'resume', 'train']
 
-# %% ../nbs/11_training.ipynb #ff625224
+# %% ../nbs/11_training.ipynb #25bdad7f
 import logging
 import math
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import trange
 
+# %% ../nbs/11_training.ipynb #fb2c77ec
 from .models import gathered, load_checkpoint, save_checkpoint
 from .models import restore_training_state, training_state
 from .monitor import PROBE_EVERY, log_row, note_alarm, probe, save_metrics, snapshot
@@ -46,7 +47,13 @@ class PreparedNetwork(nn.Module):
         self.network = network
     def forward(self, f, *args, **kwargs): return f(*args, **kwargs)
 
-# %% ../nbs/11_training.ipynb #9302f78e
+# %% ../nbs/11_training.ipynb #208abe4b
+def _adamw(network: nn.Module, lr: float, betas: tuple) -> torch.optim.AdamW:
+    "Return AdamW without weight decay for the weights that are trained."
+    params = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr, betas=betas, weight_decay=0.)
+
+# %% ../nbs/11_training.ipynb #ff4fc95b
 class Trained:
     "A network with its optimiser, prepared by the task's Accelerator."
     def __init__(
@@ -61,9 +68,8 @@ class Trained:
         self.network = network
         self.max_norm = max_norm
         self.skipped = 0 # updates in a row whose gradient was not finite
-        params = [p for p in network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr, betas=betas, weight_decay=0.)
-        self.prepared, self.optimizer = task.accelerator.prepare(PreparedNetwork(network), optimizer)
+        both = PreparedNetwork(network), _adamw(network, lr, betas)
+        self.prepared, self.optimizer = task.accelerator.prepare(*both)
 
 # %% ../nbs/11_training.ipynb #6b882534
 @patch
@@ -101,32 +107,43 @@ def _count_skipped(self: Trained, finite: bool, scaler):
         message = f'the gradient was not finite in {limit} updates in a row'
         raise FloatingPointError(f'{message}: lower lr, or c1 and c2')
 
-# %% ../nbs/11_training.ipynb #92108ec2
+# %% ../nbs/11_training.ipynb #050df585
+@patch
+def _clip(self: Trained) -> float: # norm before clipping
+    "Clip the gradient."
+    norm = self.task.accelerator.clip_grad_norm_(self.prepared.parameters(), self.max_norm)
+    return float(gathered(norm))
+
+# %% ../nbs/11_training.ipynb #83cd619b
 @patch
 def step(self: Trained) -> float: # norm of the gradient before clipping
     "Make one optimiser step, unless the gradient is not finite or exactly zero."
-    a = self.task.accelerator
-    norm = a.clip_grad_norm_(self.prepared.parameters(), self.max_norm)
-    norm = float(gathered(norm))
+    scaler = self.task.accelerator.scaler
+    norm = self._clip()
     finite = math.isfinite(norm)
-    self._count_skipped(finite, a.scaler)
+    self._count_skipped(finite, scaler)
     if finite and norm > 0: self.optimizer.step()
-    elif a.scaler: a.scaler.update() # a step would have done it
+    elif scaler: scaler.update()
     return norm
 
-# %% ../nbs/11_training.ipynb #b9baa7e2
+# %% ../nbs/11_training.ipynb #fd611a38
+@patch
+def _names_anywhere(self: Trained, rows: list[dict]) -> list[str]:
+    "Return the names of the numbers that any process has, in the same order on all."
+    names = [name for row in rows for name in row]
+    if self.task.accelerator.num_processes > 1: names = gather_object(names)
+    return list(dict.fromkeys(names))
+
+# %% ../nbs/11_training.ipynb #5117a136
 @patch
 def _mean_numbers(self: Trained, rows: list[dict] # numbers of each micro-group of this process
                  ) -> dict[str, float]:
-    "Average numbers over all micro-groups of all processes. One that a group lacks counts as 0."
-    a = self.task.accelerator
-    names = [name for row in rows for name in row]
-    if a.num_processes > 1: names = gather_object(names)
-    names = list(dict.fromkeys(names))
+    "Average numbers over all micro-groups of all processes."
+    names = self._names_anywhere(rows)
     if not names: return {}
-    zero = torch.zeros((), device=a.device)
+    zero = torch.zeros((), device=self.task.accelerator.device)
     table = [torch.stack([row.get(name, zero) for name in names]) for row in rows]
-    means = a.reduce(torch.stack(table).mean(0), 'mean')
+    means = self.task.accelerator.reduce(torch.stack(table).mean(0), 'mean')
     return dict(zip(names, means.tolist()))
 
 # %% ../nbs/11_training.ipynb #aab9aa86
@@ -137,20 +154,24 @@ def _start_accumulating(self: Trained, n: int # micro-groups of this process
     self.task.accelerator.gradient_accumulation_steps = n
     self.task.accelerator.step = 0
 
-# %% ../nbs/11_training.ipynb #7b9cff94
+# %% ../nbs/11_training.ipynb #7678c6f7
+@patch
+def _backward(self: Trained, loss, group: MicroGroup) -> dict[str, torch.Tensor]:
+    "Add the gradient of one micro-group and return its numbers."
+    accelerator = self.task.accelerator
+    with accelerator.accumulate(self.prepared):
+        share, numbers = self.prepared(loss, group)
+        accelerator.backward(share)
+    return {name: v.detach().float() for name, v in numbers.items()}
+
+# %% ../nbs/11_training.ipynb #d439a745
 @patch
 def update(self: Trained, loss # (micro-group) -> share of the loss, dict of shares of numbers
           ) -> dict: # numbers of the whole batch
     "Make one update: a backward pass for each micro-group of this process, then one step."
-    a = self.task.accelerator
     groups = self.task.micro_groups()
     self._start_accumulating(len(groups))
-    rows = []
-    for group in groups:
-        with a.accumulate(self.prepared):
-            share, numbers = self.prepared(loss, group)
-            a.backward(share)
-        rows.append({name: v.detach().float() for name, v in numbers.items()})
+    rows = [self._backward(loss, group) for group in groups]
     norm = self.step()
     self.optimizer.zero_grad()
     return self._mean_numbers(rows) | dict(grad_norm=norm)
@@ -169,12 +190,13 @@ class Arm:
     def loss(self, batch: dict, group: MicroGroup) -> tuple[torch.Tensor, dict]:
         raise NotImplementedError
 
-# %% ../nbs/11_training.ipynb #8612f875
+# %% ../nbs/11_training.ipynb #f6162bd6
 @patch
 def state(self: Arm) -> dict[str, torch.Tensor]:
     "Return everything that a resumed run needs, by name."
     return self.generator.state('generator.')
 
+# %% ../nbs/11_training.ipynb #3c268822
 @patch
 def restore(self: Arm, tensors: dict):
     "Load what `state` returned."
@@ -203,17 +225,17 @@ def round(self: Arm, k: int) -> dict: # means of the round's numbers
     "Make the generator updates of round k."
     return _average([self.update(k, i) for i in range(self.options.generator_steps)])
 
-# %% ../nbs/11_training.ipynb #f08d1641
+# %% ../nbs/11_training.ipynb #d0d18429
 @patch
 def draw_lcm(self: Arm, k: int, i: int) -> dict: # rows of the task's data, times, noise
     "Draw the batch of the LCM loss and count its passes."
-    t = self.task
+    latents = self.task.data[0]
     n = self.options.lcm_batch
-    g = t.stream('lcm', k, i)
-    rows = torch.randint(len(t.data[0]), (n,), generator=g)
-    times, noise = draw_lcm_noise(n, t.data[0].shape[1:], g)
-    t.budget.forward(n, backward=True)
-    t.budget.forward(3*n)
+    g = self.task.stream('lcm', k, i)
+    rows = torch.randint(len(latents), (n,), generator=g)
+    times, noise = draw_lcm_noise(n, latents.shape[1:], g)
+    self.task.budget.forward(n, backward=True)
+    self.task.budget.forward(3*n)
     return dict(rows=rows, times=times, noise=noise)
 
 # %% ../nbs/11_training.ipynb #1db0d4b7
@@ -224,7 +246,17 @@ def zero_loss(self: Arm) -> torch.Tensor:
     cond = self.task.cond[prompt[:1]]
     return 0*denoise(self.task.pipe.unet, latents[:1], lcm_timesteps(1)[0], cond).sum()
 
-# %% ../nbs/11_training.ipynb #e562c9a5
+# %% ../nbs/11_training.ipynb #2d1e7092
+@patch
+def _lcm_rows(self: Arm, rows: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    "Return the LCM loss of some rows of the task's data."
+    t = self.task
+    unet = t.pipe.unet
+    latents, prompt = t.data
+    cond = t.cond[prompt[rows]]
+    return lcm_loss(unet, unet, t.teacher, latents[rows], times, noise, cond, t.guidance_scale)
+
+# %% ../nbs/11_training.ipynb #1d532c93
 @patch
 def lcm(
     self: Arm,
@@ -232,15 +264,10 @@ def lcm(
     group: MicroGroup
 ) -> torch.Tensor: # the micro-group's share of the mean
     "Return the LCM loss. The target is the student itself, without gradient."
-    t = self.task
     n = len(batch['rows'])
     mine = group.rows(n)
     if not len(mine): return self.zero_loss()
-    rows, times, noise = (batch[name][mine] for name in ('rows', 'times', 'noise'))
-    latents, prompt = t.data
-    cond = t.cond[prompt[rows]]
-    unet = t.pipe.unet
-    loss = lcm_loss(unet, unet, t.teacher, latents[rows], times, noise, cond, t.guidance_scale)
+    loss = self._lcm_rows(**{name: drawn[mine] for name, drawn in batch.items()})
     return group.mean(loss.expand(len(mine)), n)
 
 # %% ../nbs/11_training.ipynb #028e87e1
@@ -251,7 +278,12 @@ class LCMContinued(Arm):
         lcm = self.lcm(batch, group)
         return self.options.c*lcm, dict(lcm_loss=lcm)
 
-# %% ../nbs/11_training.ipynb #3757530a
+# %% ../nbs/11_training.ipynb #0c9ffedd
+def _checkpoints(folder: Path) -> list[Path]:
+    "Return the checkpoints of a folder, oldest first."
+    return sorted(folder.glob('round-*.safetensors'))
+
+# %% ../nbs/11_training.ipynb #0068907e
 def checkpoint(
     arm: Arm,
     folder: Path,
@@ -264,21 +296,24 @@ def checkpoint(
     if not writes: return
     budget = arm.task.budget.record()
     save_checkpoint(folder/f'round-{k:05d}.safetensors', tensors, round=k, rows=rows, budget=budget)
-    for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
+    for old in _checkpoints(folder)[:-2]: old.unlink()
 
-# %% ../nbs/11_training.ipynb #56f8a242
+# %% ../nbs/11_training.ipynb #a20510d7
+def _newest_sound(folder: Path) -> tuple[dict, dict] | None: # tensors, and what `checkpoint` noted
+    "Read the newest checkpoint that is not damaged; log those that are."
+    for path in reversed(_checkpoints(folder)):
+        try: return load_checkpoint(path)
+        except OSError as e: log.warning('%s; using the one before', e)
+
+# %% ../nbs/11_training.ipynb #c1b71218
 def resume(arm: Arm, folder: Path | None) -> tuple[int, list[dict]]: # rounds done, rows so far
-    "Restore the newest sound checkpoint. A damaged one is logged and passed over."
-    found = sorted(folder.glob('round-*.safetensors'), reverse=True) if folder else []
-    for path in found:
-        try: tensors, meta = load_checkpoint(path)
-        except OSError as e:
-            log.warning('%s; using the one before', e)
-            continue
-        arm.restore(tensors)
-        arm.task.budget.restore(meta['budget'])
-        return meta['round'], meta['rows']
-    return 0, []
+    "Restore the newest sound checkpoint, if there is any."
+    found = _newest_sound(folder) if folder else None
+    if not found: return 0, []
+    tensors, meta = found
+    arm.restore(tensors)
+    arm.task.budget.restore(meta['budget'])
+    return meta['round'], meta['rows']
 
 # %% ../nbs/11_training.ipynb #1370a7dd
 def _spent(arm: Arm, k: int) -> dict:
@@ -314,7 +349,21 @@ def _note(arm: Arm, rows: list[dict], k: int, numbers: dict, out: Path | None):
         if out: _write(arm, rows, k, out)
         log_row(t, rows[-1])
 
-# %% ../nbs/11_training.ipynb #34328c53
+# %% ../nbs/11_training.ipynb #bc0b562d
+def _start(arm: Arm, out: Path | None) -> tuple[int, list[dict]]: # rounds done, rows so far
+    "Resume, or prepare the arm and note round 0."
+    start, rows = resume(arm, out/'checkpoints' if out else None)
+    if start == 0 and arm.options.outer_steps: _note(arm, rows, 0, arm.prepare(), out)
+    return start, rows
+
+# %% ../nbs/11_training.ipynb #22d60e4b
+def _rounds(arm: Arm, start: int, progress: bool):
+    "Return the rounds to make, with a bar if one is wanted."
+    quiet = not progress or not arm.task.writes
+    rounds = arm.options.outer_steps
+    return trange(start, rounds, mininterval=10, disable=quiet, desc=type(arm).__name__)
+
+# %% ../nbs/11_training.ipynb #f78dd99c
 def train(
     arm: Arm,
     out: Path | None = None, # folder of metrics, snapshots and checkpoints; None keeps nothing
@@ -322,15 +371,12 @@ def train(
     progress: bool = False   # draw a bar
 ) -> list[dict]: # a row of metrics per round
     "Prepare and run an arm, from the newest sound checkpoint on."
-    o = arm.options
-    start, rows = resume(arm, out/'checkpoints' if out else None)
-    if start == 0 and o.outer_steps: _note(arm, rows, 0, arm.prepare(), out)
-    quiet = not progress or not arm.task.writes
-    bar = trange(start, o.outer_steps, mininterval=10, disable=quiet, desc=type(arm).__name__)
+    start, rows = _start(arm, out)
+    bar = _rounds(arm, start, progress)
     for k in bar:
         _note(arm, rows, k+1, arm.round(k), out)
         if 'probe_reward' in rows[-1]: bar.set_postfix(reward=rows[-1]['probe_reward'])
-        if o.stop_on_alarm and rows[-1].get('alarm'): break
-        due = (k+1) % every == 0 and k+1 < o.outer_steps
+        if arm.options.stop_on_alarm and rows[-1].get('alarm'): break
+        due = (k+1) % every == 0 and k+1 < arm.options.outer_steps
         if out and due: checkpoint(arm, out/'checkpoints', k+1, rows)
     return rows

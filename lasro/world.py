@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-# %% ../nbs/03_world.ipynb #8dba3882
+# %% ../nbs/03_world.ipynb #9f25b58e
 @dataclass(frozen=True, eq=False, repr=False)
 class World:
     "One kind of images: how they are made, asked for, scored and measured."
@@ -25,13 +25,18 @@ class World:
     lcm_data: Callable | None = None # (pipe, prompts) -> clean latents (M, ...), prompt index (M,)
     guidance_scale: float = 8.      # of the teacher in the LCD loss
     scored: tuple[str, ...] = ()    # rewards that every evaluation measures
+    exact: Callable | None = None   # (images, prompts) -> 1 where a picture shows what was asked, (B,)
     features: Callable | None = None # images (B, 3, H, W) -> features (B, F) on the CPU
     reference_features: Callable | None = None # name of a stream -> features (n, F) of real images
     vision: Callable | None = None # () -> vision tower, for the surrogate's backbones 'clip' and 'blip'
     def __repr__(self): return f'World({self.name!r})'
 
-# %% ../nbs/03_world.ipynb #1844478b
-WORLDS = dict(shapes='lasro.worlds.shapes_world:SHAPES', sdxl='lasro.sdxl.rewards:SDXL_WORLD')
+# %% ../nbs/03_world.ipynb #e8d8e21c
+WORLDS = {
+    'shapes': 'lasro.worlds.shapes_world:SHAPES',
+    'shapes-complete': 'lasro.worlds.shapes_world:SHAPES_COMPLETE',
+    'sdxl': 'lasro.sdxl.rewards:SDXL_WORLD',
+}
 
 # %% ../nbs/03_world.ipynb #7af93b07
 def load_world(world: str | World # one of `WORLDS`, or a World, which is returned

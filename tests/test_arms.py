@@ -17,7 +17,8 @@ from lasro.options import make_options
 from lasro.task import make_task
 from lasro.training import _note, checkpoint, train
 
-NAMES = ['lasro', 'rlcm', 'rlcm-dropped', 'diffusion_dpo', 'pso', 'gors_lcm', 'reward_guided', 'direct']
+NEWER = ['fdfo', 'neighbor_grpo', 'nft', 'drpo']
+NAMES = ['lasro', 'rlcm', 'rlcm-dropped', 'diffusion_dpo', 'pso', 'gors_lcm', 'reward_guided', 'direct', *NEWER]
 SMALL = dict(generator_steps=2, pretrain_steps=1, probe_prompts=4, snapshot_every=0)
 TEXTS = PROMPTS+['a pink square and a red circle', 'a yellow ring and a green triangle']
 DDPO = ROOT/'tests'/'oracles'/'ddpo_trl.py'
@@ -56,7 +57,7 @@ def test_a_run_resumes_bit_for_bit_and_costs_what_lasro_costs(name, micro_groups
     unit = 4 if name == 'reward_guided' else 1 # it labels sets of four
     assert whole.task.budget.reward_calls == reward_calls(whole.options, len(TEXTS))//unit*unit
     assert math.isfinite(rows[-1]['reward']) and rows[-1]['grad_norm'] > 0
-    if name in ('rlcm', 'rlcm-dropped', 'pso'): assert {'ratio', 'approx_kl', 'clipfrac'} <= rows[-1].keys()
+    if name in ('rlcm', 'rlcm-dropped', 'pso', 'fdfo', 'neighbor_grpo'): assert {'ratio', 'approx_kl', 'clipfrac'} <= rows[-1].keys()
 
 
 def rows_of_one_round(arm) -> list[dict]:
@@ -67,7 +68,7 @@ def rows_of_one_round(arm) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided', 'direct'])
+@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided', 'direct', *NEWER])
 def test_micro_groups_change_nothing_but_rounding(name):
     "The first update of three micro-groups has the gradient of the whole batch."
     norms = []
@@ -78,7 +79,11 @@ def test_micro_groups_change_nothing_but_rounding(name):
     assert math.isclose(*norms, rel_tol=1e-3), norms
 
 
-@pytest.mark.parametrize('name, num_steps', [(n, 1) for n in ('lasro', 'diffusion_dpo', 'gors_lcm', 'reward_guided', 'direct')]+[('lasro', 4), ('rlcm', 3), ('pso', 3)])
+ONE_STEP = [(n, 1) for n in ('lasro', 'diffusion_dpo', 'gors_lcm', 'reward_guided', 'direct', *NEWER)]
+MORE_STEPS = [('lasro', 4), *((n, 3) for n in ('rlcm', 'pso', *NEWER))]
+
+
+@pytest.mark.parametrize('name, num_steps', ONE_STEP+MORE_STEPS)
 def test_other_numbers_of_steps(name, num_steps):
     arm = build(name, num_steps=num_steps, outer_steps=1)
     train(arm)
@@ -92,10 +97,11 @@ def test_no_likelihood_at_one_step(name):
 
 
 def test_direct_needs_a_gradient():
-    with pytest.raises(ValueError, match='^[^\n]*attribute_binding[^\n]*gradient[^\n]*$'): build('direct', reward='attribute_binding')
+    with pytest.raises(ValueError, match='^[^\n]*attribute_binding[^\n]*gradient[^\n]*$'):
+        build('direct', reward='attribute_binding')
 
 
-@pytest.mark.parametrize('name', ['rlcm', 'diffusion_dpo', 'pso'])
+@pytest.mark.parametrize('name', ['rlcm', 'diffusion_dpo', 'pso', *NEWER])
 def test_equal_rewards_move_nothing(name):
     "A gradient that is exactly zero makes no step, not even by momentum."
     arm = build(name, reward=indifferent)
@@ -111,12 +117,18 @@ def test_all_samples_may_come_first(name):
     assert rows[0]['reward_calls'] == rows[-1]['reward_calls'] == reward_calls(arm.options, len(TEXTS))
 
 
-@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided'])
+@pytest.mark.parametrize('name', ['fdfo', 'neighbor_grpo', 'drpo'])
+def test_a_single_sample_cannot_be_compared(name):
+    with pytest.raises(ValueError, match='^[^\n]* set n_noises to 2 or more$'): build(name, n_noises=1)
+
+
+@pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided', *NEWER])
 def test_adapters_and_checkpointed_blocks(name, tmp_path):
     "A LoRA with a surrogate that shares the teacher: blocks that are computed twice give the same losses."
     rows = []
     for checkpointing in (False, True):
-        arm = build(name, lora_rank=2, surrogate_rank=2, backbone='unet', gradient_checkpointing=checkpointing, outer_steps=1)
+        adapters = dict(lora_rank=2, surrogate_rank=2, backbone='unet', outer_steps=1)
+        arm = build(name, gradient_checkpointing=checkpointing, **adapters)
         rows.append(train(arm))
     for a, b in zip(*rows):
         for key in ('lcm_loss', 'surrogate_loss', 'grad_norm', 'policy_loss'):
@@ -139,7 +151,8 @@ def test_the_ddpo_loss_is_that_of_trl(case):
     rest = trl['old_log_prob'], trl['advantages'].clamp(-limit, limit), trl['clip_range'].item()
 
     def close(ours, theirs, tolerance):
-        torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), theirs.double(), rtol=tolerance, atol=tolerance)
+        ours = torch.as_tensor(ours, dtype=torch.float64)
+        torch.testing.assert_close(ours, theirs.double(), rtol=tolerance, atol=tolerance)
 
     log_probs = found['log_prob'].clone().requires_grad_()
     loss = ddpo_loss(log_probs, *rest).mean()
@@ -147,7 +160,8 @@ def test_the_ddpo_loss_is_that_of_trl(case):
     close(loss.detach(), trl['loss'], 1e-12)
     close(log_probs.grad, trl['grad_log_prob'], 1e-12)
 
-    denoised = found['denoised'].clone().requires_grad_() # through our likelihood too, whose schedule is rounded to float32
+    # through our likelihood too, whose schedule is rounded to float32
+    denoised = found['denoised'].clone().requires_grad_()
     ours = log_prob(found['x_next'], denoised, found['t_next'])
     loss = ddpo_loss(ours, *rest).mean()
     loss.backward()
@@ -160,7 +174,8 @@ def test_the_ddpo_loss_is_that_of_trl(case):
 def test_trl_still_says_so(tmp_path):
     python, wanted = tmp_path/'trlenv'/'bin'/'python', re.search(r'pip install (.+)', DDPO.read_text())[1].split()
     subprocess.run([sys.executable, '-m', 'venv', tmp_path/'trlenv'], check=True)
-    pip = subprocess.run([python, '-m', 'pip', 'install', '-q', '--retries', '1', *wanted], capture_output=True, text=True)
+    install = [python, '-m', 'pip', 'install', '-q', '--retries', '1', *wanted]
+    pip = subprocess.run(install, capture_output=True, text=True)
     if pip.returncode: pytest.skip(f'pip cannot install trl and what it needs: {pip.stderr.strip().splitlines()[-1]}')
     subprocess.run([python, '-I', DDPO, tmp_path], check=True)
     new, kept = (load_file(folder/'ddpo_trl.safetensors') for folder in (tmp_path, DDPO.parent))

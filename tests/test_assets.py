@@ -48,14 +48,16 @@ def test_model_card_says_how_they_were_made_and_how_good_they_are():
 def test_damaged_weights_are_named(tmp_path, damage):
     folder = tmp_path/'shapes'
     shutil.copytree(ASSETS, folder)
-    name = next(n for n in json.loads((folder/'manifest.json').read_text()) if n.startswith('unet/') and n.endswith('.safetensors'))
+    names = json.loads((folder/'manifest.json').read_text())
+    name = next(n for n in names if n.startswith('unet/') and n.endswith('.safetensors'))
     path = folder/name
     if damage == 'missing': path.unlink()
     else:
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    with pytest.raises(OSError, match=f'^{name} is damaged: expected sha256 [0-9a-f]{{16}}, found [^\n]*$'): load_pipeline(folder)
+    message = f'^{name} is damaged: expected sha256 [0-9a-f]{{16}}, found [^\n]*$'
+    with pytest.raises(OSError, match=message): load_pipeline(folder)
 
 
 def test_stock_diffusers_draws_what_the_prompt_says():

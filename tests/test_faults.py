@@ -28,7 +28,10 @@ def broken(images, prompts, metadata): raise RuntimeError('the scorer is out of 
 def untouched(folder: Path): return not [p for p in folder.rglob('*') if p.is_file()]
 
 
-@pytest.mark.parametrize('reward, message', [(wrong_shape, 'shape'), (not_a_number, 'nan for sample 0'), (broken, 'the scorer is out of order')])
+BAD_REWARDS = [(wrong_shape, 'shape'), (not_a_number, 'nan for sample 0'), (broken, 'the scorer is out of order')]
+
+
+@pytest.mark.parametrize('reward, message', BAD_REWARDS)
 def test_a_bad_reward_is_named(pipe, tmp_path, reward, message):
     with pytest.raises(ValueError, match=message) as e: finetune(pipe, reward, PROMPTS, tmp_path/'run', **SMALL)
     assert reward.__name__ in str(e.value) and '\n' not in str(e.value)
@@ -37,13 +40,16 @@ def test_a_bad_reward_is_named(pipe, tmp_path, reward, message):
 
 @pytest.mark.parametrize('reward', [None, 'beauty', 3, 'no.such:function'])
 def test_what_is_no_reward_is_refused(pipe, tmp_path, reward):
-    with pytest.raises(ValueError, match='^[^\n]*reward[^\n]*$'): finetune(pipe, reward, PROMPTS, tmp_path/'run', **SMALL)
+    with pytest.raises(ValueError, match='^[^\n]*reward[^\n]*$'):
+        finetune(pipe, reward, PROMPTS, tmp_path/'run', **SMALL)
     assert untouched(tmp_path)
 
 
-BAD_OPTIONS = [dict(batch_size=0), dict(n_noises=0), dict(lr='1e-4'), dict(num_steps=2.), dict(num_steps=5), dict(lr=-1.), dict(c2=float('nan')),
-               dict(backbone='resnet'), dict(pairs='some'), dict(s_form='c'), dict(online=1), dict(lora_rank=-1), dict(micro_groups=0),
-               dict(mixed_precision='fp8'), dict(log_with='paper'), dict(batchsize=4), dict(arm='larso'), dict(profile='smokey'), dict(world='circles')]
+BAD_OPTIONS = [
+    dict(batch_size=0), dict(n_noises=0), dict(lr='1e-4'), dict(num_steps=2.), dict(num_steps=5), dict(lr=-1.),
+    dict(c2=float('nan')), dict(backbone='resnet'), dict(pairs='some'), dict(s_form='c'), dict(online=1),
+    dict(lora_rank=-1), dict(micro_groups=0), dict(mixed_precision='fp8'), dict(log_with='paper'),
+    dict(batchsize=4), dict(arm='larso'), dict(profile='smokey'), dict(world='circles')]
 
 
 @pytest.mark.parametrize('wrong', BAD_OPTIONS, ids=lambda w: '-'.join(map(str, *w.items())))
@@ -55,7 +61,10 @@ def test_a_bad_option_is_refused_at_once(pipe, tmp_path, wrong):
     assert time.monotonic()-start < 2 and untouched(tmp_path)
 
 
-@pytest.mark.parametrize('prompts', [[], 'no such file.txt', [' '], ['a red ring', 'a red ring '*250], ['красный круг'], ['赤い円']])
+UNREADABLE = [[' '], ['a red ring', 'a red ring '*250], ['красный круг'], ['赤い円']]
+
+
+@pytest.mark.parametrize('prompts', [[], 'no such file.txt', *UNREADABLE])
 def test_a_bad_prompt_is_refused(pipe, tmp_path, prompts):
     with pytest.raises((ValueError, OSError)) as e: finetune(pipe, brightness, prompts, tmp_path/'run', **SMALL)
     assert 'prompt' in str(e.value)
@@ -79,7 +88,8 @@ def test_no_space_is_said_and_leaves_nothing(tmp_path):
 
 def test_a_finished_run_is_not_overwritten(pipe, tmp_path):
     (tmp_path/'run.json').write_text('{}')
-    with pytest.raises(FileExistsError, match='holds a finished run'): finetune(pipe, brightness, PROMPTS, tmp_path, **SMALL)
+    with pytest.raises(FileExistsError, match='holds a finished run'):
+        finetune(pipe, brightness, PROMPTS, tmp_path, **SMALL)
     assert (tmp_path/'run.json').read_text() == '{}'
 
 
@@ -103,13 +113,18 @@ print('calls', calls)
 def run(out: Path, last: int = 0 # reward call in which the process is killed; 0 lets it live
        ) -> tuple[int, int]: # exit status, reward calls where it lived
     "Fine-tune in a process of its own."
-    found = subprocess.run([sys.executable, '-c', CALLS, str(out), str(last)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, '-c', CALLS, str(out), str(last)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert found.returncode in (0, -signal.SIGKILL), found.stderr
     return found.returncode, int(found.stdout.split()[-1]) if found.returncode == 0 else last
 
 
 def weights(out: Path): return load_file(next(out.rglob('pytorch_lora_weights.safetensors')))
-def metrics(out: Path): return [{k: v for k, v in row.items() if k != 'wall_s'} for row in csv.DictReader((out/'metrics.csv').open())]
+
+
+def metrics(out: Path):
+    rows = csv.DictReader((out/'metrics.csv').open())
+    return [{k: v for k, v in row.items() if k != 'wall_s'} for row in rows]
 
 
 def test_a_killed_run_ends_as_if_it_had_lived(pipe, tmp_path):
@@ -117,12 +132,11 @@ def test_a_killed_run_ends_as_if_it_had_lived(pipe, tmp_path):
     _, calls = run(whole)
     status, _ = run(killed, last=calls-1)
     assert status == -signal.SIGKILL and not (killed/'run.json').exists()
-    other = [('prompts', dict(prompts=PROMPTS[:3])), ('reward', dict(reward=brightness)), ('seed', dict(seed=1)), ('lr', dict(lr=1e-5))]
-    for name, changed in other: # another run is refused, and changes nothing
-        call = dict(reward='redness', prompts=PROMPTS) | changed
-        reward = call.pop('reward')
+    call = dict(reward=redness, prompts=PROMPTS, **SMALL | dict(outer_steps=10, lora_rank=4))
+    other = dict(prompts=PROMPTS[:3], reward=brightness, seed=1, lr=1e-5)
+    for name, changed in other.items(): # another run is refused, and changes nothing
         with pytest.raises(ValueError, match=f'unfinished run.*{name}'):
-            finetune(pipe, redness if reward == 'redness' else reward, call.pop('prompts'), killed, **SMALL | dict(outer_steps=10, lora_rank=4) | call)
+            finetune(pipe, out=killed, **call | {name: changed})
     _, rest = run(killed)
     a, b = weights(whole), weights(killed)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

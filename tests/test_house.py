@@ -14,20 +14,29 @@ import pytest
 from conftest import NOTEBOOKS, ROOT
 
 CELLS = {p.relative_to(ROOT/'nbs').as_posix(): json.loads(p.read_text())['cells'] for p in NOTEBOOKS}
-CODE = {name: [c for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()] for name, cells in CELLS.items()}
-RUNNABLE = [name for name in CODE if name.startswith(('experiments/', 'paper/'))]
-MODULES = {p.relative_to(ROOT/'lasro').with_suffix('').as_posix(): p for p in (ROOT/'lasro').rglob('*.py') if p.name not in ('_modidx.py', '__init__.py')}
+PACKAGE = ROOT/'lasro'
+FILES = [p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py')]
+MODULES = {p.relative_to(PACKAGE).with_suffix('').as_posix(): p for p in FILES}
 
 
 def source(cell) -> str: return ''.join(cell['source'])
 
 
-def code_lines(text: str) -> list[str]: return [x for x in text.splitlines() if x.strip() and not x.strip().startswith('#')]
+def code_cells(cells: list) -> list: return [c for c in cells if c['cell_type'] == 'code' and source(c).strip()]
+
+
+CODE = {name: code_cells(cells) for name, cells in CELLS.items()}
+RUNNABLE = [name for name in CODE if name.startswith(('experiments/', 'paper/'))]
+
+
+def code_lines(text: str) -> list[str]:
+    return [x for x in text.splitlines() if x.strip() and not x.strip().startswith('#')]
 
 
 def tracked() -> list[str]:
     "Files of the repository; everything that is not ignored, where there is no git."
-    found = subprocess.run(['git', '-C', ROOT, 'ls-files', '-co', '--exclude-standard', '-z'], capture_output=True, text=True)
+    command = ['git', '-C', ROOT, 'ls-files', '-co', '--exclude-standard', '-z']
+    found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode: pytest.skip('not a git checkout')
     return [f for f in found.stdout.split('\0') if f and (ROOT/f).is_file()]
 
@@ -68,10 +77,9 @@ def test_lines_are_short():
 
 def test_cells_are_small():
     "The goal is a median of 180 and a 90th percentile of 500; this holds what has been reached."
-    sizes = [sum(len(x.strip()) for x in code_lines(source(c))) for cells in CODE.values() for c in cells if code_lines(source(c))]
+    cells = [code_lines(source(c)) for cells in CODE.values() for c in cells]
+    sizes = [sum(len(x.strip()) for x in lines) for lines in cells if lines]
     assert statistics.median(sizes) <= 215 and sorted(sizes)[int(.9*len(sizes))] <= 570
-
-
 
 
 @pytest.mark.parametrize('name', MODULES)
@@ -117,20 +125,23 @@ def test_no_module_imports_a_later_one():
 
 
 def test_importing_changes_nothing_elsewhere():
-    code = 'import lasro.finetuning as f; n = dict(f.ARMS); import lasro.plan, lasro.report, lasro.sdxl.rewards; assert f.ARMS == n'
+    others = 'lasro.plan, lasro.report, lasro.sdxl.rewards'
+    code = f'import lasro.finetuning as f; n = dict(f.ARMS); import {others}; assert f.ARMS == n'
     assert not subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True).returncode
 
 
 def links(text: str) -> list[str]:
     found = re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', text)
-    return [x.split('#')[0] for pair in found for x in pair if x and not re.match(r'https?:|#|mailto:|data:|attachment:', x)]
+    elsewhere = re.compile(r'https?:|#|mailto:|data:|attachment:')
+    return [x.split('#')[0] for pair in found for x in pair if x and not elsewhere.match(x)]
 
 
 def test_every_link_leads_somewhere():
     texts = {ROOT/f: (ROOT/f).read_text() for f in tracked() if f.endswith('.md')}
-    texts |= {ROOT/'nbs'/n: '\n'.join(source(c) for c in cells if c['cell_type'] == 'markdown') for n, cells in CELLS.items()}
-    broken = [f'{p.relative_to(ROOT)}: {x}' for p, text in texts.items() for x in links(text) if not (p.parent/x).exists()]
-    assert not broken
+    for name, cells in CELLS.items():
+        texts[ROOT/'nbs'/name] = '\n'.join(source(c) for c in cells if c['cell_type'] == 'markdown')
+    found = [(p, x) for p, text in texts.items() for x in links(text)]
+    assert not [f'{p.relative_to(ROOT)}: {x}' for p, x in found if not (p.parent/x).exists()]
 
 
 def test_no_path_or_package_index_of_one_machine():
@@ -156,10 +167,11 @@ def test_generated_texts_are_current(script):
 
 
 def test_an_installed_package_holds_the_weights(tmp_path):
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tmp_path/name)
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT/name, tmp_path/name)
     shutil.copytree(ROOT/'lasro', tmp_path/'lasro', ignore=shutil.ignore_patterns('__pycache__'))
-    wheel = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path/'dist', tmp_path]
-    subprocess.run(wheel, check=True)
+    pip = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation']
+    subprocess.run([*pip, '-w', tmp_path/'dist', tmp_path], check=True)
     names = set(zipfile.ZipFile(next((tmp_path/'dist').glob('*.whl'))).namelist())
     files = [p for p in (ROOT/'lasro').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
     assert {p.relative_to(ROOT).as_posix() for p in files} <= names
@@ -167,7 +179,7 @@ def test_an_installed_package_holds_the_weights(tmp_path):
 
 @pytest.mark.slow
 def test_nbdev_3_tests_this_checkout(tmp_path):
-    "Through the shim of pyproject.toml. The environment holds nbdev 3 and what it brings; the rest is found in this one."
+    "Through the shim of pyproject.toml. The environment holds nbdev 3; all other packages are found in this one."
     env = tmp_path/'nbdev3'
     subprocess.run([sys.executable, '-m', 'venv', env], check=True)
     site = next((env/'lib').glob('python*'))/'site-packages'
@@ -176,5 +188,6 @@ def test_nbdev_3_tests_this_checkout(tmp_path):
     if pip.returncode: pytest.skip(f'pip cannot install nbdev 3: {pip.stderr.strip().splitlines()[-1]}')
     (site/'this.pth').write_text(sysconfig.get_path('purelib'))
     command = [env/'bin'/'nbdev-test', '--n-workers', '1']
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    threads = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=threads)
     assert found.returncode == 0 and 'Success' in found.stdout+found.stderr, found.stdout[-2000:]+found.stderr[-2000:]

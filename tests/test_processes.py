@@ -16,7 +16,8 @@ from conftest import ROOT, python
 from safetensors.torch import load_file
 
 WORKER = ROOT/'tests'/'worker.py'
-LAUNCH = ['-m', 'accelerate.commands.launch', '--config_file', ROOT/'workflow'/'accelerate'/'cpu.yaml', '--main_process_port', '0']
+CONFIG = ROOT/'workflow'/'accelerate'/'cpu.yaml'
+LAUNCH = ['-m', 'accelerate.commands.launch', '--config_file', CONFIG, '--main_process_port', '0']
 LOSSES = ('lcm_loss', 'surrogate_loss', 'policy_loss', 'proxy_loss', 'surrogate', 'reward')
 
 
@@ -38,8 +39,10 @@ def assert_same_curve(a: list[dict], b: list[dict]):
     assert len(a) == len(b) == 6
     for x, y in zip(a, b):
         for key in LOSSES:
-            if x.get(key) is not None: assert math.isclose(x[key], y[key], rel_tol=1e-5, abs_tol=1e-5), (x['step'], key, x[key], y[key])
-        if x['step']: assert math.isclose(x['grad_norm'], y['grad_norm'], rel_tol=3e-4), (x['step'], x['grad_norm'], y['grad_norm'])
+            if x.get(key) is None: continue
+            assert math.isclose(x[key], y[key], rel_tol=1e-5, abs_tol=1e-5), (x['step'], key, x[key], y[key])
+        norms = x['grad_norm'], y['grad_norm']
+        if x['step']: assert math.isclose(*norms, rel_tol=3e-4), (x['step'], *norms)
 
 
 @pytest.mark.parametrize('arm', ['lasro', 'rlcm', 'reward_guided'])
@@ -63,8 +66,10 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, first, then):
     options = dict(micro_groups=2, outer_steps=10, surrogate_steps=1)
     whole = curve(python(WORKER, tmp_path/'whole', 'lasro', 'ddp', json.dumps(options)))
     launch = [*map(str, LAUNCH), '--num_processes', str(first)] if first > 1 else []
-    command = [sys.executable, '-W', 'ignore', *launch, str(WORKER), str(tmp_path/'run'), 'lasro', 'ddp', json.dumps(options)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, 'KILL_AT_ROUND': '9'})
+    arguments = str(tmp_path/'run'), 'lasro', 'ddp', json.dumps(options)
+    command = [sys.executable, '-W', 'ignore', *launch, str(WORKER), *arguments]
+    env = {**os.environ, 'KILL_AT_ROUND': '9'}
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
     assert killed.returncode and not (tmp_path/'run'/'run.json').exists()
     assert list((tmp_path/'run'/'checkpoints').glob('round-00008.safetensors')), killed.stderr[-2000:]
     launch = [*LAUNCH, '--num_processes', then] if then > 1 else []

@@ -17,7 +17,8 @@ ASKED = dict(PROFILE='smoke', ARM='lasro', REWARD='attribute_binding', SEED=3)
 def start(folder, **parameters) -> subprocess.CompletedProcess:
     "Run workflow/run.py in a folder that is not the repository, with results below it."
     args = [x for name, value in parameters.items() for x in ('-p', name, value)]
-    return python(ROOT/'workflow'/'run.py', NOTEBOOK, folder/'out.ipynb', *args, cwd=folder, LASRO_RESULTS=str(folder/'results'))
+    command = ROOT/'workflow'/'run.py', NOTEBOOK, folder/'out.ipynb', *args
+    return python(*command, cwd=folder, LASRO_RESULTS=str(folder/'results'))
 
 
 @pytest.fixture(scope='session')
@@ -26,7 +27,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('elsewhere')
     found = start(folder, **ASKED)
     assert found.returncode == 0, found.stderr[-2000:]
-    return folder/'results'/'smoke'/'runs'/'lasro'/'attribute_binding'/'steps-2'/'default'/'seed-3', folder, found.stdout
+    runs = folder/'results'/'smoke'/'runs'
+    return runs/'lasro'/'attribute_binding'/'steps-2'/'default'/'seed-3', folder, found.stdout
 
 
 def test_a_misspelt_parameter_is_refused(tmp_path):
@@ -44,15 +46,18 @@ def test_unknown_names_get_one_line_and_leave_nothing(tmp_path, name, value):
     assert not [p for p in (tmp_path/'results').rglob('*') if p.is_file()]
 
 
+SNAKEMAKE = ['-m', 'snakemake', '-n', '-s', ROOT/'workflow'/'Snakefile', '--cores', '1', '--nolock', '--config']
+
+
 def test_an_unknown_profile_stops_the_batch_in_one_line():
-    found = python('-m', 'snakemake', '-n', '-q', '-s', ROOT/'workflow'/'Snakefile', '--cores', '1', '--nolock', '--config', 'profile=smokey')
+    found = python(*SNAKEMAKE, 'profile=smokey')
     assert found.returncode and "unknown profile 'smokey'" in found.stdout+found.stderr
 
 
 def test_the_batch_plans_every_run_of_the_plan():
     "From nothing: nine jobs or more, one for each run of the profile."
     from lasro.plan import main_runs
-    found = python('-m', 'snakemake', '-n', '-s', ROOT/'workflow'/'Snakefile', '--cores', '1', '--nolock', '--config', 'profile=smoke', LASRO_RESULTS='results/none')
+    found = python(*SNAKEMAKE, 'profile=smoke', LASRO_RESULTS='results/none')
     assert found.returncode == 0, found.stderr[-2000:]
     text = found.stdout+found.stderr
     for spec in main_runs('smoke'): assert f'run_{spec.arm}'.replace('-', '_') in text
@@ -68,7 +73,8 @@ def test_the_record_shows_what_was_asked(finished):
 
 def test_a_run_is_whole(finished):
     run, _, _ = finished
-    for name in ('run.json', 'metrics.csv', 'eval.csv.gz', 'fid_stats.npz', 'grid.png'): assert (run/name).exists(), name
+    names = 'run.json', 'metrics.csv', 'eval.csv.gz', 'fid_stats.npz', 'grid.png'
+    for name in names: assert (run/name).exists(), name
     rows = list(csv.DictReader((run/'metrics.csv').open()))
     assert rows and {'step', 'reward_calls', 'wall_s', 'reward', 'grad_norm', 'rank_correlation'} <= set(rows[0])
     assert not [p.name for p in run.iterdir() if p.name.startswith('.')], 'temporary files were left'
@@ -94,8 +100,10 @@ def test_a_run_can_be_watched(pipe, tmp_path):
     def watched(images, prompts, metadata):
         seen.append({p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*') if p.is_file()})
         return redness(images, prompts, metadata)
-    finetune(pipe, watched, PROMPTS, tmp_path, profile='smoke', log_with='tensorboard', snapshot_every=1, lora_rank=2, probe_prompts=4)
-    after_first = {'metrics.csv', 'snapshots/step-00000/grid.png', 'snapshots/step-00000/lora/pytorch_lora_weights.safetensors', 'snapshots/best.json'}
+    options = dict(log_with='tensorboard', snapshot_every=1, lora_rank=2, probe_prompts=4)
+    finetune(pipe, watched, PROMPTS, tmp_path, profile='smoke', **options)
+    first = 'grid.png', 'lora/pytorch_lora_weights.safetensors'
+    after_first = {'metrics.csv', 'snapshots/best.json', *[f'snapshots/step-00000/{name}' for name in first]}
     assert any(after_first <= files for files in seen)
     events = EventAccumulator(str(next(tmp_path.rglob('events.out.*')).parent))
     events.Reload()
@@ -111,7 +119,8 @@ def test_the_readme_trains_with_your_own_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cells = json.loads((ROOT/'nbs'/'index.ipynb').read_text())['cells']
     exec('\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code'), {})
-    assert {'run.json', 'metrics.csv', 'pytorch_lora_weights.safetensors'} <= {p.name for p in (tmp_path/'my-run').rglob('*')}
+    written = {p.name for p in (tmp_path/'my-run').rglob('*')}
+    assert {'run.json', 'metrics.csv', 'pytorch_lora_weights.safetensors'} <= written
 
 
 def test_plan_names_folders_that_do_not_collide():
@@ -119,7 +128,11 @@ def test_plan_names_folders_that_do_not_collide():
     assert a.folder('lab') != b.folder('lab') and 'two_aims' in str(a.folder('lab'))
 
 
-@pytest.mark.parametrize('a, b, expected', [('0.30000001', '0.3', True), ('0.31', '0.3', False), ('lasro', 'base', False), ('', 'nan', False), ('', '', True)])
+CELLS = [('0.30000001', '0.3', True), ('0.31', '0.3', False), ('lasro', 'base', False),
+         ('', 'nan', False), ('', '', True)]
+
+
+@pytest.mark.parametrize('a, b, expected', CELLS)
 def test_verify_compares_cells(a, b, expected, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT/'workflow'))
     from verify import same

@@ -25,7 +25,7 @@ def surrogate_on(backbone: str, pipe, **options):
 
 @pytest.mark.parametrize('backbone', BACKBONES)
 def test_a_backbone_learns_redness(pipe, backbone):
-    "From pairs of latents that differ in how red they decode it orders new ones; gradients reach the latents and no decoder."
+    "Pairs that differ in how red they decode teach it to order new ones; gradients reach the latents, not the decoder."
     torch.manual_seed(0)
     surrogate, g = surrogate_on(backbone, pipe), generator(0, 'redness')
     cond = encode_prompts(pipe, PROMPTS*12)
@@ -88,7 +88,8 @@ def test_the_alarm_stops_where_asked(pipe, tmp_path, monkeypatch):
 def test_prompts_that_the_reward_cannot_read_are_left_out(pipe, caplog):
     "attribute_binding finds no thing in two of these prompts; image_reward can read all, its held-out reward cannot."
     texts = ['something red and large', 'a picture of it', *PROMPTS]
-    with caplog.at_level(logging.WARNING, 'lasro'): run = finetune(pipe, 'attribute_binding', texts, **LONG | dict(outer_steps=1))
+    with caplog.at_level(logging.WARNING, 'lasro'):
+        run = finetune(pipe, 'attribute_binding', texts, **LONG | dict(outer_steps=1))
     assert run.record['n_prompts'] == len(PROMPTS) and any('cannot read 2 of 6 prompts' in m for m in caplog.messages)
     with pytest.raises(ValueError, match='can read none of the 2 prompts'):
         finetune(pipe, 'attribute_binding', texts[:2], **LONG | dict(outer_steps=1))

@@ -20,7 +20,8 @@ def differing(folder: str, pattern: str, copy: Path) -> list[str]:
     "Return the files that are not the same in the checkout and in `copy`."
     names = set()
     for base in (ROOT, copy):
-        names |= {p.relative_to(base).as_posix() for p in (base/folder).rglob(pattern) if '.ipynb_checkpoints' not in p.parts}
+        found = [p for p in (base/folder).rglob(pattern) if '.ipynb_checkpoints' not in p.parts]
+        names |= {p.relative_to(base).as_posix() for p in found}
     same = [n for n in names if (ROOT/n).exists() and (copy/n).exists() and filecmp.cmp(ROOT/n, copy/n, shallow=False)]
     return sorted(names-set(same))
 

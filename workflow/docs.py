@@ -6,7 +6,8 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT/'build'/'docs'
-TEXTS = ('README.md', 'CHANGELOG.md', 'LOG.md', 'LICENSE', 'Makefile', 'settings.ini', 'constraints.txt', 'CITATION.cff')
+TEXTS = ('README.md', 'CHANGELOG.md', 'LOG.md', 'LICENSE', 'Makefile', 'settings.ini', 'constraints.txt',
+         'CITATION.cff')
 FOLDERS = ('results', 'workflow', 'tests', 'lasro')
 
 
@@ -26,10 +27,14 @@ def main():
     (PAGES/'nbs').mkdir(parents=True)
     for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')): nbformat.write(strip(path), PAGES/'nbs'/path.name)
     for name in TEXTS: shutil.copy(ROOT/name, PAGES/('index.md' if name == 'README.md' else name))
-    shutil.copytree(ROOT/'results', PAGES/'results', ignore=shutil.ignore_patterns('runs', 'executed', 'retrain', 'smoke', 'quick', '*.ipynb'))
-    for name in FOLDERS[1:]: shutil.copytree(ROOT/name, PAGES/name, ignore=shutil.ignore_patterns('__pycache__', 'assets', 'mkdocs.yml'))
-    subprocess.run([Path(sys.executable).with_name('mkdocs'), 'build', '-q', '-f', ROOT/'workflow'/'mkdocs.yml'], check=True)
-    print(f"open {(ROOT/'_docs'/'index.html').relative_to(Path.cwd()) if Path.cwd() == ROOT else ROOT/'_docs'/'index.html'}")
+    runs = shutil.ignore_patterns('runs', 'executed', 'retrain', 'smoke', 'quick', '*.ipynb')
+    shutil.copytree(ROOT/'results', PAGES/'results', ignore=runs)
+    other = shutil.ignore_patterns('__pycache__', 'assets', 'mkdocs.yml')
+    for name in FOLDERS[1:]: shutil.copytree(ROOT/name, PAGES/name, ignore=other)
+    mkdocs = Path(sys.executable).with_name('mkdocs')
+    subprocess.run([mkdocs, 'build', '-q', '-f', ROOT/'workflow'/'mkdocs.yml'], check=True)
+    index = ROOT/'_docs'/'index.html'
+    print(f'open {index.relative_to(Path.cwd()) if Path.cwd() == ROOT else index}')
 
 
 if __name__ == '__main__': main()

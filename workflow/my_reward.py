@@ -1,4 +1,6 @@
-"""Two rewards of one's own, as a user would write them: a run names them by import path, `my_reward:two_aims` or `my_reward:free_margin`.
+"""Two rewards of one's own, as a user would write them.
+
+A run names them by import path: `my_reward:two_aims` or `my_reward:free_margin`.
 
 workflow/run.py puts this folder on the path of the notebook that it starts.
 """

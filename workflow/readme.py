@@ -1,4 +1,7 @@
-"Writes README.md from nbs/index.ipynb: its text, its code, and for {{ file }} the file's content. With --check it only says whether README.md is current."
+"""Write README.md from nbs/index.ipynb: its text, its code, and for {{ file }} the file's content.
+
+With --check it only says whether README.md is current.
+"""
 import re, sys
 from pathlib import Path
 
@@ -16,7 +19,8 @@ def include(match: re.Match) -> str:
 
 def relink(text: str) -> str:
     "Links that start in nbs/ shall start at the root."
-    return re.sub(r'(\]\(|src=")(?!https?:|#|mailto:)([^)"]+)', lambda m: m[1]+(m[2][3:] if m[2].startswith('../') else f'nbs/{m[2]}'), text)
+    def moved(m): return m[1]+(m[2][3:] if m[2].startswith('../') else f'nbs/{m[2]}')
+    return re.sub(r'(\]\(|src=")(?!https?:|#|mailto:)([^)"]+)', moved, text)
 
 
 def build() -> str:
@@ -24,7 +28,8 @@ def build() -> str:
     for cell in nbformat.read(ROOT/'nbs'/'index.ipynb', 4).cells:
         if re.match(r'#\|\s*hide', cell.source): continue
         source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
-        parts.append(re.sub(r'\{\{\s*(\S+)\s*\}\}', include, relink(source)) if cell.cell_type == 'markdown' else f'```python\n{source}\n```')
+        if cell.cell_type == 'markdown': parts.append(re.sub(r'\{\{\s*(\S+)\s*\}\}', include, relink(source)))
+        else: parts.append(f'```python\n{source}\n```')
     return '\n\n'.join(parts)+'\n'
 
 

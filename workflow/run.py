@@ -1,4 +1,7 @@
-"Run one notebook by papermill: python workflow/run.py NOTEBOOK OUT [-p NAME VALUE]...; a name that the notebook does not know is refused."
+"""Run one notebook by papermill: python workflow/run.py NOTEBOOK OUT [-p NAME VALUE]...
+
+A name that the notebook does not know is refused.
+"""
 import argparse
 import difflib
 import logging

@@ -1,4 +1,7 @@
-"Recompute every committed table from the committed runs in a temporary folder and compare, cell by cell. Exit 1 if one differs."
+"""Recompute every committed table from the committed runs in a temporary folder and compare, cell by cell.
+
+Exit 1 if one differs.
+"""
 import csv
 import sys
 import tempfile

@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# %% ../../nbs/sdxl/03_memory.ipynb #424bfb58
+# %% ../../nbs/sdxl/03_memory.ipynb #72cc70fb
 from ..core import ASSETS
 from ..models import Conditioning
 from .passes import KINDS, MemorySetting, ModelShape, PassCost, build_networks, count_pass
 from .passes import micro_group_loss, model_shape, random_inputs, ready_optimizer
-from .sources import FewStep
+from .loading import FewStep
 
 # %% ../../nbs/sdxl/03_memory.ipynb #f6e081ab
 MEMORY_SETTINGS = (

@@ -20,11 +20,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-# %% ../../nbs/sdxl/02_passes.ipynb #00f8cc7d
+# %% ../../nbs/sdxl/02_passes.ipynb #72969829
 from ..models import Conditioning, add_lora
 from ..sampling import lcm_loss, sample
 from .architectures import full_unet, small_pipeline, small_unet
-from .sources import FewStep, model_source
+from .loading import FewStep
+from .sources import model_source
 from ..surrogate import SurrogateReward, bradley_terry_loss
 
 # %% ../../nbs/sdxl/02_passes.ipynb #31549075

@@ -21,18 +21,24 @@ from .shapes import coverage, grid, signed_distances
 _CHROMA = torch.tensor([[2, -1, -1], [0, math.sqrt(3), -math.sqrt(3)]])/math.sqrt(6) # (2, 3)
 _COLOUR_CHROMA = torch.tensor(list(COLOURS.values())) @ _CHROMA.T # (8, 2)
 
-# %% ../../nbs/worlds/02_detectors.ipynb #d9f4d810
+# %% ../../nbs/worlds/02_detectors.ipynb #cf8e7627
+def _colour_shares(chroma: torch.Tensor # (B, 2, 32, 32)
+                  ) -> torch.Tensor: # (B, 8, 32, 32), adding up to 1 over the colours
+    "Return how far each pixel's chroma belongs to each colour."
+    direction = F.normalize(chroma, dim=1, eps=1e-3)
+    rays = F.normalize(_COLOUR_CHROMA.to(chroma), dim=1)
+    similarity = torch.einsum('kd,bdhw->bkhw', rays, direction)
+    return (similarity*60).softmax(1)
+
+# %% ../../nbs/worlds/02_detectors.ipynb #149d1a7d
 def colour_maps(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
                ) -> torch.Tensor: # (B, 8, 32, 32) in [0, 1]
     "Return the opacity of each colour at each pixel."
     chroma = torch.einsum('dc,bchw->bdhw', _CHROMA.to(images), images.float())
-    direction = F.normalize(chroma, dim=1, eps=1e-3)
     rays = _COLOUR_CHROMA.to(chroma)
     per_length = rays/rays.square().sum(1, keepdim=True)
-    similarity = torch.einsum('kd,bdhw->bkhw', F.normalize(rays, dim=1), direction)
-    share = (similarity*60).softmax(1)
     length = torch.einsum('kd,bdhw->bkhw', per_length, chroma)
-    return share*(length/.925).clamp(0, 1)
+    return _colour_shares(chroma)*(length/.925).clamp(0, 1)
 
 # %% ../../nbs/worlds/02_detectors.ipynb #eb38b18e
 @cache
@@ -59,20 +65,26 @@ def _peaks(best: torch.Tensor, # (N, 32, 32) match of the best template
     highest = F.max_pool2d(best, 9, 1, 4)
     return ((best > .2) & (best == highest)).nonzero().unbind(1)
 
-# %% ../../nbs/worlds/02_detectors.ipynb #921ffcb8
-_TEMPERATURE = .015
+# %% ../../nbs/worlds/02_detectors.ipynb #2e799739
+_TEMPERATURE = .015 # tau
 
+def _posterior(q: torch.Tensor, # (N, 10, 32, 32)
+               n: torch.Tensor, y: torch.Tensor, x: torch.Tensor, # of the peaks
+              ) -> torch.Tensor: # (peaks, 10)
+    "Return the share of each template at each peak."
+    around = F.pad(q, [1]*4, value=-9).unfold(2, 3, 1).unfold(3, 3, 1)
+    return (around[n, :, y, x].amax((2, 3))/_TEMPERATURE).softmax(1)
+
+# %% ../../nbs/worlds/02_detectors.ipynb #b18f26bb
 def presence(maps: torch.Tensor, # (N, 32, 32) opacity of one colour
             ) -> torch.Tensor: # (N, 10, 32, 32) in [0, 1], 0 off the peaks
     "Return how surely each shape and size stands at each position."
     q = _explained(maps)
     best = q.amax(1)
     n, y, x = _peaks(best)
-    around = F.pad(q, [1]*4, value=-9).unfold(2, 3, 1).unfold(3, 3, 1)
-    posterior = (around[n, :, y, x].amax((2, 3))/_TEMPERATURE).softmax(1)
     strength = ((best[n, y, x]-.2)/.5).clamp(0, 1)
     out = torch.zeros_like(q)
-    out[n, :, y, x] = posterior*strength[:, None]
+    out[n, :, y, x] = _posterior(q, n, y, x)*strength[:, None]
     return out
 
 # %% ../../nbs/worlds/02_detectors.ipynb #b1dcdb73
@@ -96,17 +108,16 @@ def phrase_maps(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     weights = _template_weights(phrases).to(found)
     return torch.einsum('nkhw,nk->nhw', found, weights).clamp(max=1)
 
-# %% ../../nbs/worlds/02_detectors.ipynb #200abb94
+# %% ../../nbs/worlds/02_detectors.ipynb #29d4aeab
 def ask(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
         phrases: list[list[Phrase]], # the things to look for in each picture
        ) -> list[torch.Tensor]: # for each picture, one answer in [0, 1] for each phrase
     "Answer how surely each picture shows the named things."
-    counts = [len(own) for own in phrases]
     flat = [phrase for own in phrases for phrase in own]
     if not flat: return [torch.ones(0) for _ in phrases]
-    picture = torch.arange(len(phrases)).repeat_interleave(torch.tensor(counts)).tolist()
+    picture = [i for i, own in enumerate(phrases) for _ in own]
     answers = phrase_maps(images, flat, picture).amax((1, 2))
-    return list(answers.split(counts))
+    return list(answers.split([len(own) for own in phrases]))
 
 # %% ../../nbs/worlds/02_detectors.ipynb #17c19a75
 @dataclass(frozen=True)
@@ -131,13 +142,18 @@ def _thing(
     size, shape = divmod(template, len(SHAPES))
     return Thing(COLOUR_NAMES[colour], SHAPES[shape], list(RADII)[size], x+.5, y+.5, confidence)
 
-# %% ../../nbs/worlds/02_detectors.ipynb #8c337e18
+# %% ../../nbs/worlds/02_detectors.ipynb #871b0fd2
+def _used_maps(maps: torch.Tensor) -> torch.Tensor: # (N, 2) picture and colour
+    "Find the colours that a picture may have; a small thing covers 40 pixels."
+    return (maps.sum((2, 3)) > 8).nonzero()
+
+# %% ../../nbs/worlds/02_detectors.ipynb #8ad893cf
 def detect(images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
            threshold: float = .5, # least presence that counts
           ) -> list[list[Thing]]: # for each picture, the most certain first
     "List all things in each picture."
     maps = colour_maps(images)
-    used = (maps.sum((2, 3)) > 8).nonzero() # a small thing covers 40 pixels
+    used = _used_maps(maps)
     best, template = presence(maps[used[:, 0], used[:, 1]]).max(1)
     things = [[] for _ in images]
     for n, y, x in (best > threshold).nonzero().tolist():
@@ -176,19 +192,28 @@ def _near_misses(phrases: list[Phrase], # the things of one scene
         misses.append(options[int(torch.randint(len(options), (), generator=generator))])
     return misses
 
-# %% ../../nbs/worlds/02_detectors.ipynb #344ca0a4
+# %% ../../nbs/worlds/02_detectors.ipynb #5420a744
+def _right_answers(images: torch.Tensor, scenes: Scenes, generator: torch.Generator
+                  ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: # for each picture: (things,) bool
+    "Return which things are found, and which near misses are rejected."
+    true = [phrases_of(scenes[i]) for i in range(len(scenes))]
+    false = [_near_misses(phrases, generator) for phrases in true]
+    present = [answers > .5 for answers in ask(images, true)]
+    near_miss = [answers <= .5 for answers in ask(images, false)]
+    return present, near_miss
+
+# %% ../../nbs/worlds/02_detectors.ipynb #ae4e73f5
+def _share(answers) -> float: return float(torch.cat(list(answers)).float().mean())
+
+# %% ../../nbs/worlds/02_detectors.ipynb #1a95e12f
 def detector_accuracy(
     images: torch.Tensor, # (B, 3, 32, 32), renders or reconstructions of `scenes`
     scenes: Scenes,
     generator: torch.Generator, # for the near misses
 ) -> dict[str, float]: # in [0, 1]
     "Return the shares of right answers: all, about things present, about near misses, whole pictures."
-    true = [phrases_of(scenes[i]) for i in range(len(scenes))]
-    false = [_near_misses(phrases, generator) for phrases in true]
-    present = [answers > .5 for answers in ask(images, true)]
-    near_miss = [answers <= .5 for answers in ask(images, false)]
-    right = [torch.cat(pair) for pair in zip(present, near_miss)]
-    whole = torch.stack([answers.all() for answers in right])
-    share = lambda answers: float(answers.float().mean())
-    return dict(answers=share(torch.cat(right)), present=share(torch.cat(present)),
-                near_miss=share(torch.cat(near_miss)), pictures=share(whole))
+    present, near_miss = _right_answers(images, scenes, generator)
+    both = [torch.cat(pair) for pair in zip(present, near_miss)]
+    whole = [answers.all()[None] for answers in both]
+    return dict(answers=_share(both), present=_share(present), near_miss=_share(near_miss),
+                pictures=_share(whole))

@@ -36,7 +36,14 @@ def _split_kinds(n: int, kinds: tuple) -> list[int]: # scenes of each kind
     others = [n//5]*(len(kinds)-1)
     return [n-sum(others), *others]
 
-# %% ../../nbs/worlds/05_distill.ipynb #813fd668
+# %% ../../nbs/worlds/05_distill.ipynb #25623230
+def _scenes_of_kind(stream: tuple, n: int, kind: str, three_things: float) -> tuple[Scenes, list[str]]:
+    "Draw fresh scenes of one kind, with captions."
+    g = generator(0, 'world', *stream, kind)
+    scenes = sample_scenes(n, g, kind, three_things=three_things)
+    return scenes, captions(scenes, kind, g)
+
+# %% ../../nbs/worlds/05_distill.ipynb #421fa0b6
 def scene_batch(
     name: str, # of the random stream
     step: int, # number of the update
@@ -45,13 +52,10 @@ def scene_batch(
     three_things: float = THREE_THINGS, # share of the attribute scenes that have three things
 ) -> tuple[Scenes, list[str]]: # scenes and captions
     "Draw fresh scenes with captions."
-    scenes, texts = [], []
-    for kind, size in zip(kinds, _split_kinds(n, kinds)):
-        g = generator(0, 'world', name, step, kind)
-        part = sample_scenes(size, g, kind, three_things=three_things)
-        scenes.append(part)
-        texts += captions(part, kind, g)
-    return cat_scenes(scenes), texts
+    sizes = zip(kinds, _split_kinds(n, kinds))
+    parts = [_scenes_of_kind((name, step), size, kind, three_things) for kind, size in sizes]
+    scenes, texts = zip(*parts)
+    return cat_scenes(scenes), sum(texts, [])
 
 # %% ../../nbs/worlds/05_distill.ipynb #9019479d
 def _cosine_lr(step: int, steps: int, warmup: int = 100) -> float: # factor on the learning rate
@@ -60,12 +64,13 @@ def _cosine_lr(step: int, steps: int, warmup: int = 100) -> float: # factor on t
     progress = (step-warmup)/max(1, steps-warmup)
     return .01+.99*.5*(1+math.cos(math.pi*progress))
 
-# %% ../../nbs/worlds/05_distill.ipynb #ea53872e
+# %% ../../nbs/worlds/05_distill.ipynb #28883df4
 def _adamw(module: nn.Module, lr: float) -> torch.optim.AdamW:
     "Return an optimiser of the weights that are trained."
     params = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(params, lr, betas=(.9, .99), weight_decay=1e-4)
 
+# %% ../../nbs/worlds/05_distill.ipynb #807b451e
 def _update(loss: torch.Tensor, optimizer):
     "Take one optimiser step, with the gradient's norm clipped to 1."
     group, = optimizer.param_groups
@@ -80,27 +85,46 @@ def _update_average(average: nn.Module, module: nn.Module, decay: float):
     "Set average to decay * average + (1 - decay) * module."
     for a, p in zip(average.parameters(), module.parameters()): a.lerp_(p, 1-decay)
 
-# %% ../../nbs/worlds/05_distill.ipynb #6a7660c6
-def _save_fit(path: Path, module: nn.Module, optimizer, average: nn.Module, step: int):
-    "Write everything that `fit` needs to continue."
-    tensors = training_state(module, optimizer)
-    for k, v in average.state_dict().items(): tensors[f'average.{k}'] = v
-    save_checkpoint(path, tensors, step=step)
+# %% ../../nbs/worlds/05_distill.ipynb #eee1e9b5
+class _Fit:
+    "A network in training."
+    def __init__(self, module: nn.Module, lr: float, path: Path): # of the checkpoint
+        self.module = module
+        self.path = path
+        self.optimizer = _adamw(module, lr)
+        self.average = copy.deepcopy(module)
 
-# %% ../../nbs/worlds/05_distill.ipynb #287cb79c
-def _resume_fit(path: Path, module: nn.Module, optimizer, average: nn.Module) -> int:
-    "Restore a checkpoint and return the number of updates done: 0 if there is none."
-    if not path.exists(): return 0
-    tensors, meta = load_checkpoint(path)
-    restore_training_state(tensors, module, optimizer)
+# %% ../../nbs/worlds/05_distill.ipynb #417281e8
+@patch
+def update(self: _Fit, loss: torch.Tensor, lr: float, decay: float):
+    "Take one optimiser step, and move the average after the weights."
+    self.optimizer.param_groups[0]['lr'] = lr
+    _update(loss, self.optimizer)
+    _update_average(self.average, self.module, decay)
+
+# %% ../../nbs/worlds/05_distill.ipynb #8446be79
+@patch
+def save(self: _Fit, step: int): # updates done
+    "Write everything that is needed to continue."
+    tensors = training_state(self.module, self.optimizer)
+    for k, v in self.average.state_dict().items(): tensors[f'average.{k}'] = v
+    save_checkpoint(self.path, tensors, step=step)
+
+# %% ../../nbs/worlds/05_distill.ipynb #3565e47a
+@patch
+def resume(self: _Fit) -> int:
+    "Restore the checkpoint and return the number of updates done: 0 if there is none."
+    if not self.path.exists(): return 0
+    tensors, meta = load_checkpoint(self.path)
+    restore_training_state(tensors, self.module, self.optimizer)
     names = [name for name in tensors if name.startswith('average.')]
-    average.load_state_dict({name.removeprefix('average.'): tensors[name] for name in names})
+    self.average.load_state_dict({name.removeprefix('average.'): tensors[name] for name in names})
     return meta['step']
 
 # %% ../../nbs/worlds/05_distill.ipynb #c5102218
 _log = logging.getLogger('lasro')
 
-# %% ../../nbs/worlds/05_distill.ipynb #a4a8defd
+# %% ../../nbs/worlds/05_distill.ipynb #bfb3fc74
 def fit(
     module: nn.Module, # trained in place
     loss_fn, # (step, average) -> scalar loss
@@ -111,18 +135,15 @@ def fit(
     save_every: int = 500, # updates
 ) -> nn.Module: # the average, which is a copy of the weights where `ema` is 0
     "Train `module`, resuming from `path` if that file exists."
-    optimizer = _adamw(module, lr)
-    average = copy.deepcopy(module)
-    for step in range(_resume_fit(path, module, optimizer, average), steps):
-        optimizer.param_groups[0]['lr'] = lr*_cosine_lr(step, steps)
-        loss = loss_fn(step, average)
-        _update(loss, optimizer)
-        _update_average(average, module, min(ema, (step+1)/(step+10)))
+    state = _Fit(module, lr, path)
+    for step in range(state.resume(), steps):
+        loss = loss_fn(step, state.average)
         done = step+1
+        state.update(loss, lr*_cosine_lr(step, steps), min(ema, done/(step+10)))
         if done % save_every and done < steps: continue
-        _save_fit(path, module, optimizer, average, done)
+        state.save(done)
         _log.info('%s: update %d of %d, loss %.4f', path.stem, done, steps, loss.item())
-    return average.eval()
+    return state.average.eval()
 
 # %% ../../nbs/worlds/05_distill.ipynb #53bff400
 def _names_one_of(word: str, vocabulary: list[str]) -> bool:
@@ -134,16 +155,21 @@ def _names_one_of(word: str, vocabulary: list[str]) -> bool:
 def _pick(n: int, g: torch.Generator) -> int: # 0 to n-1
     return int(torch.randint(n, (), generator=g))
 
-# %% ../../nbs/worlds/05_distill.ipynb #3cb29fe3
+# %% ../../nbs/worlds/05_distill.ipynb #62ffddf9
+def _exchange(words: list[str], found: list[int], g: torch.Generator):
+    "Exchange the words at two of the positions `found`."
+    i = _pick(len(found), g)
+    j = (i+1+_pick(len(found)-1, g)) % len(found)
+    a, b = found[i], found[j]
+    words[a], words[b] = words[b], words[a]
+
+# %% ../../nbs/worlds/05_distill.ipynb #e4ba1ba6
 def swap_words(text: str, g: torch.Generator) -> str:
     "Exchange two colours or two shapes of a caption, or replace the only one."
     words = text.replace(',', ' ,').split()
     vocabulary = list(COLOURS) if torch.rand((), generator=g) < .5 else list(SHAPES)
     found = [i for i, word in enumerate(words) if _names_one_of(word, vocabulary)]
-    if len(found) > 1:
-        i = _pick(len(found), g)
-        j = (i+1+_pick(len(found)-1, g)) % len(found)
-        words[found[i]], words[found[j]] = words[found[j]], words[found[i]]
+    if len(found) > 1: _exchange(words, found, g)
     elif found: words[found[0]] = vocabulary[_pick(len(vocabulary), g)]
     return ' '.join(words).replace(' ,', ',')
 
@@ -174,7 +200,16 @@ class Towers(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.5)) # logarithm of 1/temperature
         self.words = nn.Linear(width_1+width_2, 3*len(tokenizer))
 
-# %% ../../nbs/worlds/05_distill.ipynb #cac7df66
+# %% ../../nbs/worlds/05_distill.ipynb #634fa97c
+@patch
+def read(self: Towers, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    "Return each tower's embedding of captions, and the states of their words from both."
+    first = self.text_1(ids, output_hidden_states=True)
+    second = self.text_2(ids, output_hidden_states=True)
+    states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+    return [self.project_1(first.pooler_output), second.text_embeds], states
+
+# %% ../../nbs/worlds/05_distill.ipynb #48fd2e5a
 @patch
 def forward(
     self: Towers,
@@ -182,13 +217,10 @@ def forward(
     ids: torch.Tensor, # (N, tokens)
 ) -> tuple[list[torch.Tensor], torch.Tensor]: # unit embeddings; logits (N, tokens, 3, vocabulary)
     "Embed pictures and, by each text tower, captions; return the logits of words too."
-    first = self.text_1(ids, output_hidden_states=True)
-    second = self.text_2(ids, output_hidden_states=True)
     image = self.vision((images-.5)/.25).image_embeds
-    embeds = [image, self.project_1(first.pooler_output), second.text_embeds]
-    states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+    texts, states = self.read(ids)
     logits = self.words(states).unflatten(-1, (3, -1))
-    return [F.normalize(e, dim=-1) for e in embeds], logits
+    return [F.normalize(e, dim=-1) for e in (image, *texts)], logits
 
 # %% ../../nbs/worlds/05_distill.ipynb #5e532082
 def _word_loss(
@@ -200,7 +232,15 @@ def _word_loss(
     target = torch.stack([ids[:, 2-k:length-k] for k in range(3)], -1)
     return F.cross_entropy(logits[:, 2:].flatten(0, 2), target.flatten())
 
-# %% ../../nbs/worlds/05_distill.ipynb #e1fcc555
+# %% ../../nbs/worlds/05_distill.ipynb #1015fd8f
+def _matching_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    "Return the loss of one text tower, with `scale` = 1/temperature."
+    n = len(image)
+    target = torch.arange(n)
+    logits = scale*image @ text.T # (n, 2n)
+    return F.cross_entropy(logits, target)+F.cross_entropy(logits[:, :n].T, target)
+
+# %% ../../nbs/worlds/05_distill.ipynb #cd162609
 def contrastive_loss(
     towers: Towers,
     images: torch.Tensor, # (n, 3, 32, 32) in [0, 1]
@@ -210,14 +250,16 @@ def contrastive_loss(
     n = len(images)
     (image, *texts), words = towers(images, ids)
     loss = _word_loss(words[:n], ids[:n])
-    target = torch.arange(n)
-    for text in texts:
-        logits = towers.scale.exp()*image @ text.T
-        both = F.cross_entropy(logits, target)+F.cross_entropy(logits[:, :n].T, target)
-        loss = loss+both
+    for text in texts: loss = loss+_matching_loss(image, text, towers.scale.exp())
     return loss
 
-# %% ../../nbs/worlds/05_distill.ipynb #b6da39c9
+# %% ../../nbs/worlds/05_distill.ipynb #ee47e909
+def _saturation_weight(x: torch.Tensor) -> torch.Tensor: # x (B, 3, h, w) in [-1, 1]
+    "Return the weight of each pixel: 1 for grey, 5 for a pure colour."
+    saturation = x.amax(1, keepdim=True)-x.amin(1, keepdim=True) # 0 to 2
+    return 1+2*saturation
+
+# %% ../../nbs/worlds/05_distill.ipynb #04871e7a
 def vae_loss(
     vae: AutoencoderKL,
     images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
@@ -227,9 +269,8 @@ def vae_loss(
     x = images*2-1
     posterior = vae.encode(x).latent_dist
     error = vae.decode(posterior.mean+posterior.std*noise).sample-x
-    saturation = x.amax(1, keepdim=True)-x.amin(1, keepdim=True) # 0 to 2
-    weight = 1+2*saturation
-    return (weight*(error.abs()+error.square())).mean()+1e-6*posterior.kl().mean()
+    weighted = _saturation_weight(x)*(error.abs()+error.square())
+    return weighted.mean()+1e-6*posterior.kl().mean()
 
 # %% ../../nbs/worlds/05_distill.ipynb #5c88064a
 @torch.no_grad()
@@ -280,10 +321,11 @@ def teacher_loss(
     predicted = predict_noise(unet, add_noise(latents, noise, t), t, cond)
     return (weight*(predicted-noise).square().mean((1, 2, 3))).mean()
 
-# %% ../../nbs/worlds/05_distill.ipynb #c558260c
+# %% ../../nbs/worlds/05_distill.ipynb #e49d374b
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 4.
 
+# %% ../../nbs/worlds/05_distill.ipynb #5bfff32e
 def _ddim(num_steps: int) -> DDIMScheduler:
     "Return DDIM on the noise schedule of Stable Diffusion."
     scheduler = DDIMScheduler(
@@ -292,7 +334,13 @@ def _ddim(num_steps: int) -> DDIMScheduler:
     scheduler.set_timesteps(num_steps)
     return scheduler
 
-# %% ../../nbs/worlds/05_distill.ipynb #fc8bea11
+# %% ../../nbs/worlds/05_distill.ipynb #50a410d3
+def _guided_noise(unet, x: torch.Tensor, t, both: Conditioning, guidance_scale: float) -> torch.Tensor:
+    "Predict the noise; `both` holds empty captions, then captions."
+    uncond, text = predict_noise(unet, torch.cat([x, x]), t, both).chunk(2)
+    return uncond+guidance_scale*(text-uncond)
+
+# %% ../../nbs/worlds/05_distill.ipynb #9b148caf
 @torch.no_grad()
 def teacher_sample(
     unet, # the teacher's
@@ -306,6 +354,6 @@ def teacher_sample(
     both = Conditioning.cat([cond.zeros(), cond])
     x = noise
     for t in scheduler.timesteps:
-        uncond, text = predict_noise(unet, torch.cat([x, x]), t, both).chunk(2)
-        x = scheduler.step(uncond+guidance_scale*(text-uncond), t, x).prev_sample
+        predicted = _guided_noise(unet, x, t, both, guidance_scale)
+        x = scheduler.step(predicted, t, x).prev_sample
     return x

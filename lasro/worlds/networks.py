@@ -31,21 +31,27 @@ def _split_into_bytes() -> pre_tokenizers.PreTokenizer:
     steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), as_bytes]
     return pre_tokenizers.Sequence(steps)
 
-# %% ../../nbs/worlds/00_networks.ipynb #e4283fa7
-def _learn_bpe(texts: list[str], # corpus of captions
-              ) -> Tokenizer:
-    "Learn a byte-pair encoding from `texts`."
+# %% ../../nbs/worlds/00_networks.ipynb #63123af0
+def _alphabet() -> list[str]:
+    "Return the characters that stand for the 256 bytes, sorted."
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+# %% ../../nbs/worlds/00_networks.ipynb #69335e95
+def _empty_bpe() -> Tokenizer:
+    "Return a byte-pair encoding without merges."
     bpe = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END, continuing_subword_prefix=''))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = _split_into_bytes()
+    return bpe
+
+# %% ../../nbs/worlds/00_networks.ipynb #428c4e3e
+def _learn_bpe(texts: list[str]) -> Tokenizer:
+    "Learn a byte-pair encoding from a corpus of captions."
+    bpe = _empty_bpe()
     settings = dict(vocab_size=4096, end_of_word_suffix=_WORD_END, show_progress=False)
     trainer = trainers.BpeTrainer(initial_alphabet=_alphabet(), **settings)
     bpe.train_from_iterator(texts, trainer)
     return bpe
-
-def _alphabet() -> list[str]:
-    "Return the characters that stand for the 256 bytes, sorted."
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 # %% ../../nbs/worlds/00_networks.ipynb #8bcb468a
 def _merges(bpe: Tokenizer) -> list[str]: # such as 'r ing</w>'
@@ -68,49 +74,64 @@ def _tokenizer_config() -> dict:
     special = dict(pad_token=_END, unk_token=_END, bos_token=_START, eos_token=_END)
     return dict(tokenizer_class='CLIPTokenizer', model_max_length=MAX_TOKENS, **special)
 
-# %% ../../nbs/worlds/00_networks.ipynb #5893d456
+# %% ../../nbs/worlds/00_networks.ipynb #bfb1107d
+def _write_vocabulary(merges: list[str], folder: Path):
+    "Write the numbers of the tokens, and the merges in their order."
+    ids = {token: i for i, token in enumerate(_vocabulary(merges))}
+    (folder/'vocab.json').write_text(json.dumps(ids, ensure_ascii=False))
+    (folder/'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']))
+
+# %% ../../nbs/worlds/00_networks.ipynb #ef0a696e
 def build_tokenizer(texts: list[str], # corpus of captions
                     folder: Path, # where its files are written
                    ) -> CLIPTokenizer:
     "Build a CLIP tokenizer whose merges were learnt from `texts`."
-    merges = _merges(_learn_bpe(texts))
-    ids = {token: i for i, token in enumerate(_vocabulary(merges))}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/'vocab.json').write_text(json.dumps(ids, ensure_ascii=False))
-    (folder/'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']))
+    _write_vocabulary(_merges(_learn_bpe(texts)), folder)
     (folder/'tokenizer_config.json').write_text(json.dumps(_tokenizer_config(), indent=1))
     return CLIPTokenizer.from_pretrained(folder)
 
-# %% ../../nbs/worlds/00_networks.ipynb #98c63b67
+# %% ../../nbs/worlds/00_networks.ipynb #32fd3875
 _LAYERS = dict(num_hidden_layers=3, num_attention_heads=4, projection_dim=64)
 
+def _special_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    "Return the numbers of the special tokens."
+    names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+    return {name: getattr(tokenizer, name) for name in names}
+
+# %% ../../nbs/worlds/00_networks.ipynb #6420e253
 def _text_config(tokenizer: CLIPTokenizer,
                  width: int, # of the hidden states
                 ) -> CLIPTextConfig:
     "Return the configuration of a text tower for `tokenizer`."
-    names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-    special = {name: getattr(tokenizer, name) for name in names}
     sizes = dict(hidden_size=width, intermediate_size=4*width, max_position_embeddings=MAX_TOKENS)
-    return CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **special, **_LAYERS)
+    return CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **_special_ids(tokenizer), **_LAYERS)
 
-# %% ../../nbs/worlds/00_networks.ipynb #6858d667
+# %% ../../nbs/worlds/00_networks.ipynb #e7a7d88c
+def _vision_config() -> CLIPVisionConfig:
+    "Return the configuration of the vision tower: patches of 4x4 pixels."
+    sizes = dict(hidden_size=64, intermediate_size=256, image_size=32, patch_size=4)
+    return CLIPVisionConfig(**sizes, **_LAYERS)
+
+# %% ../../nbs/worlds/00_networks.ipynb #b1984116
 def build_towers(
     tokenizer: CLIPTokenizer,
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
     "Build two text towers, the second with a projection, and the vision tower that shares its space."
     text_1 = CLIPTextModel(_text_config(tokenizer, 48))
     text_2 = CLIPTextModelWithProjection(_text_config(tokenizer, 64))
-    sizes = dict(hidden_size=64, intermediate_size=256, image_size=32, patch_size=4)
-    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, **_LAYERS))
-    return text_1, text_2, vision
+    return text_1, text_2, CLIPVisionModelWithProjection(_vision_config())
 
-# %% ../../nbs/worlds/00_networks.ipynb #0be79964
+# %% ../../nbs/worlds/00_networks.ipynb #02233c64
+_VAE = dict(
+    block_out_channels=(16, 32, 64), latent_channels=4, sample_size=32, norm_num_groups=8,
+    down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3)
+
+# %% ../../nbs/worlds/00_networks.ipynb #8c0bc575
 def build_vae(scaling_factor: float = 1., # brings the latents to unit variance
              ) -> AutoencoderKL:
     "Build the autoencoder: 32x32 pictures, 8x8 latents."
-    blocks = dict(down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3)
-    sizes = dict(block_out_channels=(16, 32, 64), latent_channels=4, sample_size=32, norm_num_groups=8)
-    return AutoencoderKL(**blocks, **sizes, scaling_factor=scaling_factor, force_upcast=False)
+    return AutoencoderKL(**_VAE, scaling_factor=scaling_factor, force_upcast=False)
 
 # %% ../../nbs/worlds/00_networks.ipynb #42a5881c
 _SIZE_EMBEDDING = 8 # width of the embedding of one number
@@ -118,7 +139,15 @@ _UNET = dict(
     sample_size=8, layers_per_block=1, transformer_layers_per_block=1, norm_num_groups=16,
     use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=_SIZE_EMBEDDING)
 
-# %% ../../nbs/worlds/00_networks.ipynb #dfdb8178
+# %% ../../nbs/worlds/00_networks.ipynb #d4e0f0f5
+def _levels(widths: tuple[int, ...]) -> dict: # settings of `UNet2DConditionModel`
+    "Return the blocks of each level; one attention head reads 24 channels."
+    down = ('CrossAttnDownBlock2D',)*len(widths)
+    up = ('CrossAttnUpBlock2D',)*len(widths)
+    heads = tuple(width//24 for width in widths)
+    return dict(block_out_channels=widths, attention_head_dim=heads, down_block_types=down, up_block_types=up)
+
+# %% ../../nbs/worlds/00_networks.ipynb #d42511b2
 def build_unet(
     widths: tuple[int, ...] = (64, 64), # channels of each level
     cross_attention_dim: int = 112, # width of both towers' states together
@@ -126,13 +155,9 @@ def build_unet(
     **config, # further settings of `UNet2DConditionModel`
 ) -> UNet2DConditionModel:
     "Build a UNet with SDXL's conditioning."
-    down = ('CrossAttnDownBlock2D',)*len(widths)
-    up = ('CrossAttnUpBlock2D',)*len(widths)
-    heads = tuple(width//24 for width in widths)
-    levels = dict(block_out_channels=widths, attention_head_dim=heads, down_block_types=down, up_block_types=up)
-    inputs = dict(cross_attention_dim=cross_attention_dim,
-                  projection_class_embeddings_input_dim=pooled_dim+6*_SIZE_EMBEDDING)
-    return UNet2DConditionModel(**(_UNET | levels | inputs | config))
+    added = pooled_dim+6*_SIZE_EMBEDDING
+    inputs = dict(cross_attention_dim=cross_attention_dim, projection_class_embeddings_input_dim=added)
+    return UNet2DConditionModel(**(_UNET | _levels(widths) | inputs | config))
 
 # %% ../../nbs/worlds/00_networks.ipynb #feb849ad
 def _scheduler() -> LCMScheduler:
@@ -175,7 +200,12 @@ def _word_decoder(width: int) -> nn.TransformerDecoder:
     options = dict(dropout=0., activation='gelu', batch_first=True, norm_first=True)
     return nn.TransformerDecoder(nn.TransformerDecoderLayer(width, 4, 2*width, **options), 3)
 
-# %% ../../nbs/worlds/00_networks.ipynb #71ac304f
+# %% ../../nbs/worlds/00_networks.ipynb #105fadeb
+def _positions(n: int, width: int) -> nn.Parameter: # (1, n, width)
+    "Return learnt embeddings of positions, small at the start."
+    return nn.Parameter(.02*torch.randn(1, n, width))
+
+# %% ../../nbs/worlds/00_networks.ipynb #55cf1d59
 class PreferenceModel(nn.Module):
     "Score pairs of picture and caption: the embedded counterpart of ImageReward."
     def __init__(self, vocab_size: int,
@@ -183,13 +213,21 @@ class PreferenceModel(nn.Module):
                  tokens: int = MAX_TOKENS): # of a padded caption
         super().__init__()
         self.image = _patch_encoder(width)
-        self.image_position = nn.Parameter(.02*torch.randn(1, 64, width))
+        self.image_position = _positions(64, width)
         self.words = nn.Embedding(vocab_size, width)
-        self.word_position = nn.Parameter(.02*torch.randn(1, tokens, width))
+        self.word_position = _positions(tokens, width)
         self.decoder = _word_decoder(width)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
-# %% ../../nbs/worlds/00_networks.ipynb #915af92d
+# %% ../../nbs/worlds/00_networks.ipynb #945a2cf1
+@patch
+def _word_states(self: PreferenceModel, images, ids, mask) -> torch.Tensor: # (B, tokens, width)
+    "Return the final state of each word."
+    patches = self.image(images*2-1).flatten(2).mT + self.image_position
+    words = self.words(ids) + self.word_position
+    return self.decoder(words, patches, tgt_key_padding_mask=mask == 0)
+
+# %% ../../nbs/worlds/00_networks.ipynb #88ce5430
 @patch
 def forward(
     self: PreferenceModel,
@@ -198,23 +236,29 @@ def forward(
     mask: torch.Tensor, # (B, tokens), 1 for words and 0 for padding
 ) -> torch.Tensor: # (B,)
     "Score each picture as an answer to its caption."
-    patches = self.image(images*2-1).flatten(2).mT + self.image_position
-    words = self.words(ids) + self.word_position
-    states = self.decoder(words, patches, tgt_key_padding_mask=mask == 0)
-    scores = self.head(states)[..., 0]
+    scores = self.head(self._word_states(images, ids, mask))[..., 0]
     return (scores*mask).sum(1)/mask.sum(1)
 
-# %% ../../nbs/worlds/00_networks.ipynb #4aa77a60
+# %% ../../nbs/worlds/00_networks.ipynb #d9b847be
+def _feature_body(width: int) -> nn.Sequential:
+    "Return convolutions from 32x32 pixels to 4x4, and the mean over them."
+    blocks = [_conv_block(3, 32, 1), _conv_block(32, 48, 2), _conv_block(48, 96, 2),
+              _conv_block(96, 96, 1), _conv_block(96, width, 2)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+# %% ../../nbs/worlds/00_networks.ipynb #82300794
 class FeatureNet(nn.Module):
     "Compute features for FID, KID and diversity; the heads serve its training only."
     def __init__(self, width: int = 48): # number of features
         super().__init__()
-        blocks = [_conv_block(3, 32, 1), _conv_block(32, 48, 2), _conv_block(48, 96, 2),
-                  _conv_block(96, 96, 1), _conv_block(96, width, 2)]
-        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.body = _feature_body(width)
         tasks = ('shapes', 'textures', 'corruption') # five classes each
         self.heads = nn.ModuleDict({task: nn.Linear(width, 5) for task in tasks})
-    def forward(self, images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
-               ) -> torch.Tensor: # (B, width)
-        "Return the features of pictures."
-        return self.body(images*2-1)
+
+# %% ../../nbs/worlds/00_networks.ipynb #a35c0021
+@patch
+def forward(self: FeatureNet,
+            images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
+           ) -> torch.Tensor: # (B, width)
+    "Return the features of pictures."
+    return self.body(images*2-1)

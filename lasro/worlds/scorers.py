@@ -24,18 +24,23 @@ def _another(values: torch.Tensor, number: int, g: torch.Generator) -> torch.Ten
     "Replace each of `values` by another one of 0 to `number`-1."
     return (values+torch.randint(1, number, values.shape, generator=g)) % number
 
-# %% ../../nbs/worlds/06_scorers.ipynb #91f188b4
+# %% ../../nbs/worlds/06_scorers.ipynb #bc0b291a
+def _one_thing(scenes: Scenes, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    "Choose one thing of each scene; return its index: rows and columns."
+    n = len(scenes)
+    k = (torch.rand(n, 3, generator=g)*(scenes.shape >= 0)).argmax(1)
+    return torch.arange(n), k
+
+# %% ../../nbs/worlds/06_scorers.ipynb #0db4d182
 def _change_one(scenes: Scenes, g: torch.Generator) -> Scenes:
     "Give one thing of each scene another colour or another shape."
-    n = len(scenes)
-    rows = torch.arange(n)
-    k = (torch.rand(n, 3, generator=g)*(scenes.shape >= 0)).argmax(1)
-    recolour = torch.rand(n, generator=g) < .5
-    other_colour = _another(scenes.colour[rows, k], len(COLOURS), g)
-    other_shape = _another(scenes.shape[rows, k], len(SHAPES), g)
+    at = _one_thing(scenes, g)
     colour, shape = scenes.colour.clone(), scenes.shape.clone()
-    colour[rows, k] = torch.where(recolour, other_colour, colour[rows, k])
-    shape[rows, k] = torch.where(recolour, shape[rows, k], other_shape)
+    recolour = torch.rand(len(scenes), generator=g) < .5
+    other_colour = _another(colour[at], len(COLOURS), g)
+    other_shape = _another(shape[at], len(SHAPES), g)
+    colour[at] = torch.where(recolour, other_colour, colour[at])
+    shape[at] = torch.where(recolour, shape[at], other_shape)
     return replace(scenes, colour=colour, shape=shape)
 
 # %% ../../nbs/worlds/06_scorers.ipynb #14b5205a
@@ -66,18 +71,26 @@ def _eight_step_noise(n: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     more = [randn(*noise.shape, generator=generator(0, name, k)) for k in range(4)]
     return noise, torch.cat([injected, torch.stack(more)])
 
-# %% ../../nbs/worlds/06_scorers.ipynb #5c93204e
+# %% ../../nbs/worlds/06_scorers.ipynb #e118c177
+def _student_pictures(pipe, cond, noise, injected, num_steps: int) -> torch.Tensor:
+    "Sample the student in batches of 256 and decode."
+    batches = torch.arange(len(noise)).split(256)
+    z = [sample(pipe, cond[i], noise[i], injected[:, i], num_steps).final for i in batches]
+    return decode(pipe.vae, torch.cat(z))
+
+# %% ../../nbs/worlds/06_scorers.ipynb #2c193b1f
 @torch.no_grad()
-def step_pictures(pipe, n: int) -> tuple[dict[int, torch.Tensor], list[str]]:
+def step_pictures(
+    pipe,
+    n: int,                   # pictures of each sort
+    name: str = 'preference', # of the random stream; another name gives another judge
+) -> tuple[dict[int, torch.Tensor], list[str]]:
     "Return the student's pictures by number of steps, the right renders as number 0, and captions."
-    scenes, texts = scene_batch('preference samples', 0, n)
+    scenes, texts = scene_batch(f'{name} samples', 0, n)
     cond = encode_prompts(pipe, texts)
-    noise, injected = _eight_step_noise(n, 'preference samples')
+    noise, injected = _eight_step_noise(n, f'{name} samples')
     pictures = {0: render(scenes)}
-    for k in (1, 2, 8):
-        batches = torch.arange(n).split(256)
-        z = [sample(pipe, cond[i], noise[i], injected[:, i], k).final for i in batches]
-        pictures[k] = decode(pipe.vae, torch.cat(z))
+    for k in (1, 2, 8): pictures[k] = _student_pictures(pipe, cond, noise, injected, k)
     return pictures, texts
 
 # %% ../../nbs/worlds/06_scorers.ipynb #07a1cbb3
@@ -85,11 +98,13 @@ def _built_pairs(right: torch.Tensor, wrong: torch.Tensor, g: torch.Generator) -
     "Pair pictures of scenes: right against wrong, against spoilt, and wrong against foreign."
     return [right, right, wrong], [wrong, _spoil(right, g), right.roll(1, 0)]
 
-# %% ../../nbs/worlds/06_scorers.ipynb #9c160cdb
-def _drawn_pairs(pictures: dict[int, torch.Tensor], rows: torch.Tensor) -> tuple[list, list]:
+# %% ../../nbs/worlds/06_scorers.ipynb #e2c0f8c4
+def _drawn_pairs(samples: tuple[dict, list], rows: torch.Tensor) -> tuple[list, list, list]:
     "Pair samples: the render against eight steps, eight against two, two against one."
+    pictures, texts = samples
     drawn = {k: images[rows] for k, images in pictures.items()}
-    return [drawn[0], drawn[8], drawn[2]], [drawn[8], drawn[2], drawn[1]]
+    won, lost = [drawn[0], drawn[8], drawn[2]], [drawn[8], drawn[2], drawn[1]]
+    return won, lost, [texts[i] for i in rows.tolist()]
 
 # %% ../../nbs/worlds/06_scorers.ipynb #fb5fecab
 @torch.no_grad()
@@ -97,30 +112,29 @@ def _as_decoded(vae: AutoencoderKL, right, wrong) -> tuple[torch.Tensor, torch.T
     "Encode and decode both sets of pictures."
     return decode(vae, encode_images(vae, torch.cat([right, wrong]))).chunk(2)
 
-# %% ../../nbs/worlds/06_scorers.ipynb #221f0d7b
-def _right_and_wrong(vae: AutoencoderKL, step: int, n: int, g: torch.Generator) -> tuple:
+# %% ../../nbs/worlds/06_scorers.ipynb #138d5492
+def _right_and_wrong(vae: AutoencoderKL, name: str, step: int, n: int, g: torch.Generator) -> tuple:
     "Return pictures of `n` scenes, of the same scenes with one change, and captions."
-    scenes, texts = scene_batch('preference', step, n)
+    scenes, texts = scene_batch(name, step, n)
     right, wrong = render(scenes), render(_near_miss(scenes, g))
     if step % 2: right, wrong = _as_decoded(vae, right, wrong)
     return right, wrong, texts
 
-# %% ../../nbs/worlds/06_scorers.ipynb #b0d6e13c
+# %% ../../nbs/worlds/06_scorers.ipynb #b92b82ce
 def preference_pairs(
     samples: tuple[dict, list], # of `step_pictures`
     vae: AutoencoderKL,
-    step: int, # number of the update
-    n: int = 24, # comparisons of each of six sorts
+    step: int,                # number of the update
+    n: int = 24,              # comparisons of each of six sorts
+    name: str = 'preference', # of the random stream
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]: # winners, losers, captions
     "Make one batch of comparisons."
-    pictures, picture_texts = samples
-    g = generator(0, 'preference', step)
-    right, wrong, texts = _right_and_wrong(vae, step, n, g)
-    rows = torch.randint(len(picture_texts), (n,), generator=g)
+    g = generator(0, name, step)
+    right, wrong, texts = _right_and_wrong(vae, name, step, n, g)
+    rows = torch.randint(len(samples[1]), (n,), generator=g)
     won, lost = _built_pairs(right, wrong, g)
-    won_more, lost_more = _drawn_pairs(pictures, rows)
-    more_texts = [picture_texts[i] for i in rows.tolist()]
-    return torch.cat(won+won_more), torch.cat(lost+lost_more), texts*3+more_texts*3
+    more_won, more_lost, more_texts = _drawn_pairs(samples, rows)
+    return torch.cat(won+more_won), torch.cat(lost+more_lost), texts*3+more_texts*3
 
 # %% ../../nbs/worlds/06_scorers.ipynb #2733d0ac
 def _preference_scores(model: PreferenceModel, tokenizer, images, texts: list[str]):
@@ -150,9 +164,15 @@ def standardise_scores(model: PreferenceModel, tokenizer, images: torch.Tensor, 
     head.weight.div_(scores.std())
     head.bias.sub_(scores.mean()).div_(scores.std())
 
-# %% ../../nbs/worlds/06_scorers.ipynb #efa41ae7
+# %% ../../nbs/worlds/06_scorers.ipynb #c43965ae
 _CORRUPTIONS = ('none', 'blurred', 'noisy', 'faded', 'shuffled quarters')
 
+def _shuffle_quarters(images: torch.Tensor) -> torch.Tensor: # (B, 3, 32, 32)
+    "Exchange the upper and lower halves, then shift by a quarter sideways."
+    halves = images[..., 16:, :], images[..., :16, :]
+    return torch.cat(halves, -2).roll(8, -1)
+
+# %% ../../nbs/worlds/06_scorers.ipynb #34ced4d0
 def _corrupt(
     images: torch.Tensor, # (B, 3, 32, 32) in [0, 1]
     kind: torch.Tensor, # (B,) index in `_CORRUPTIONS`
@@ -161,9 +181,7 @@ def _corrupt(
     "Apply one of five corruptions to each picture."
     noisy = (images+.15*randn(*images.shape, generator=g)).clamp(0, 1)
     faded = .5+.4*(images-.5)
-    halves = images[..., 16:, :], images[..., :16, :]
-    shuffled = torch.cat(halves, -2).roll(8, -1)
-    options = torch.stack([images, _blur(images, 5), noisy, faded, shuffled])
+    options = torch.stack([images, _blur(images, 5), noisy, faded, _shuffle_quarters(images)])
     return options[kind, torch.arange(len(images))]
 
 # %% ../../nbs/worlds/06_scorers.ipynb #c6e2fb44
@@ -172,14 +190,22 @@ def _shapes_present(scenes: Scenes) -> torch.Tensor: # (B, 5), 0 or 1
     one_hot = F.one_hot(scenes.shape.clamp(min=0), len(SHAPES))
     return one_hot.mul((scenes.shape >= 0)[..., None]).amax(1).float()
 
-# %% ../../nbs/worlds/06_scorers.ipynb #97cb60f4
-def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
-    "Return the classification loss of shapes, texture and corruption on one batch."
+# %% ../../nbs/worlds/06_scorers.ipynb #2d0c980e
+def _feature_batch(step: int, n: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    "Return corrupted pictures and the target of each head."
     g = generator(0, 'features', step)
     scenes, _ = scene_batch('features', step, n)
     kind = torch.randint(len(_CORRUPTIONS), (n,), generator=g)
-    features = net(_corrupt(render(scenes), kind, g))
+    targets = dict(shapes=_shapes_present(scenes), textures=scenes.texture, corruption=kind)
+    return _corrupt(render(scenes), kind, g), targets
+
+# %% ../../nbs/worlds/06_scorers.ipynb #14b044ca
+def feature_loss(net: FeatureNet, step: int, n: int = 64) -> torch.Tensor:
+    "Return the classification loss of shapes, texture and corruption on one batch."
+    images, targets = _feature_batch(step, n)
+    features = net(images)
     logits = {name: head(features) for name, head in net.heads.items()}
-    shapes = F.binary_cross_entropy_with_logits(logits['shapes'], _shapes_present(scenes))
-    texture = F.cross_entropy(logits['textures'], scenes.texture)
-    return shapes+.3*texture+.3*F.cross_entropy(logits['corruption'], kind)
+    shapes = F.binary_cross_entropy_with_logits(logits['shapes'], targets['shapes'])
+    texture = F.cross_entropy(logits['textures'], targets['textures'])
+    corruption = F.cross_entropy(logits['corruption'], targets['corruption'])
+    return shapes+.3*texture+.3*corruption

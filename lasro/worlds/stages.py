@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISTILL_SIZES', 'DistillSizes', 'train_towers', 'train_vae', 'untrained_pipeline', 'complete_data', 'train_teacher',
-           'train_student', 'train_scorers', 'train_web', 'export_pipeline', 'headroom_table', 'world_model_card']
+           'train_student', 'train_scorers', 'train_second_judge', 'train_web', 'export_pipeline', 'headroom_table',
+           'world_model_card']
 
-# %% ../../nbs/worlds/07_stages.ipynb #90589938
+# %% ../../nbs/worlds/07_stages.ipynb #84d09c6d
 import copy
 from dataclasses import dataclass
 from functools import cache
@@ -17,17 +18,22 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+# %% ../../nbs/worlds/07_stages.ipynb #b9f80fd4
 from ..core import Profile, generator, load_json, randn, save_json
 from ..evaluation import EvalResult, EvalSet, evaluate
 from ..models import save_module, write_manifest
 from ..sampling import draw_lcm_noise, lcm_loss
 from ..statistics import Estimate, t_interval
 from ..world import World
+
+# %% ../../nbs/worlds/07_stages.ipynb #3ca8e498
 from lasro.worlds.distill import (
     TEACHER_GUIDANCE, TEACHER_STEPS, Towers, contrastive_loss, drop_captions, fit, latent_dataset,
     make_tokenizer, scene_batch, set_scaling_factor, swap_words, teacher_loss, teacher_sample,
     tokenize, vae_loss)
 from .networks import FeatureNet, PreferenceModel, assemble, build_unet, build_vae
+
+# %% ../../nbs/worlds/07_stages.ipynb #ae69a914
 from .scorers import (
     feature_loss, preference_loss, preference_pairs, standardise_scores, step_pictures)
 from .shapes import KINDS, PROMPT_THREE_THINGS, render
@@ -57,28 +63,36 @@ _SMOKE = DistillSizes(
 
 DISTILL_SIZES = dict(smoke=_SMOKE, lab=DistillSizes())
 
-# %% ../../nbs/worlds/07_stages.ipynb #e5c8536e
+# %% ../../nbs/worlds/07_stages.ipynb #1a752dab
+def _towers_loss(towers: Towers, step: int, n: int) -> torch.Tensor:
+    "Return the contrastive loss on `n` fresh captions and their hard negatives."
+    scenes, texts = scene_batch('towers', step, n)
+    g = generator(0, 'swap', step)
+    texts += [swap_words(text, g) for text in texts]
+    return contrastive_loss(towers, render(scenes), tokenize(towers.tokenizer, texts).input_ids)
+
+# %% ../../nbs/worlds/07_stages.ipynb #d0cdef6b
 def train_towers(folder: Path, sizes: DistillSizes) -> Towers:
     "Train the text towers, by contrast with pictures."
     torch.manual_seed(0)
     towers = Towers(make_tokenizer(folder))
-    def loss(step, average):
-        scenes, texts = scene_batch('towers', step, sizes.tower_batch)
-        g = generator(0, 'swap', step)
-        texts += [swap_words(text, g) for text in texts]
-        return contrastive_loss(towers, render(scenes), tokenize(towers.tokenizer, texts).input_ids)
+    def loss(step, average): return _towers_loss(towers, step, sizes.tower_batch)
     trained = fit(towers, loss, sizes.towers, 1e-3, folder/'towers.safetensors')
     return trained.requires_grad_(False)
 
-# %% ../../nbs/worlds/07_stages.ipynb #1f40ee91
+# %% ../../nbs/worlds/07_stages.ipynb #624abefc
+def _fresh_vae_loss(vae: AutoencoderKL, step: int) -> torch.Tensor:
+    "Return the loss of reconstructing 32 fresh scenes."
+    scenes, _ = scene_batch('vae', step, 32)
+    noise = randn(32, 4, 8, 8, generator=generator(0, 'vae noise', step))
+    return vae_loss(vae, render(scenes), noise)
+
+# %% ../../nbs/worlds/07_stages.ipynb #94eeb8e7
 def train_vae(folder: Path, sizes: DistillSizes) -> AutoencoderKL:
     "Train the autoencoder and set its scaling factor."
     torch.manual_seed(1)
     vae = build_vae()
-    def loss(step, average):
-        scenes, _ = scene_batch('vae', step, 32)
-        noise = randn(32, 4, 8, 8, generator=generator(0, 'vae noise', step))
-        return vae_loss(vae, render(scenes), noise)
+    def loss(step, average): return _fresh_vae_loss(vae, step)
     trained = fit(vae, loss, sizes.vae, 2e-3, folder/'vae.safetensors', ema=.995)
     set_scaling_factor(trained)
     return trained.requires_grad_(False)
@@ -94,17 +108,21 @@ def complete_data(pipe, sizes: DistillSizes):
     "Return a function that gives the dataset of complete pictures."
     return cache(lambda: latent_dataset(pipe, sizes.teacher_scenes))
 
-# %% ../../nbs/worlds/07_stages.ipynb #827be7c3
+# %% ../../nbs/worlds/07_stages.ipynb #88ee084a
+def _denoising_loss(unet, data, step: int) -> torch.Tensor:
+    "Return the teacher's loss on 64 rows of the dataset."
+    latents, cond = data()
+    g = generator(0, 'teacher', step)
+    rows = torch.randint(len(latents), (64,), generator=g)
+    cond = drop_captions(cond[rows], .1, g)
+    t = torch.randint(1000, (64,), generator=g)
+    noise = randn(64, *latents.shape[1:], generator=g)
+    return teacher_loss(unet, latents[rows], t, noise, cond)
+
+# %% ../../nbs/worlds/07_stages.ipynb #c173403d
 def _fit_teacher(unet, data, steps: int, lr: float, path: Path, ema: float):
     "Train `unet` to denoise."
-    def loss(step, average):
-        latents, cond = data()
-        g = generator(0, 'teacher', step)
-        rows = torch.randint(len(latents), (64,), generator=g)
-        cond = drop_captions(cond[rows], .1, g)
-        t = torch.randint(1000, (64,), generator=g)
-        noise = randn(64, *latents.shape[1:], generator=g)
-        return teacher_loss(unet, latents[rows], t, noise, cond)
+    def loss(step, average): return _denoising_loss(unet, data, step)
     unet.train().requires_grad_(True)
     return fit(unet, loss, steps, lr, path, ema).requires_grad_(False)
 
@@ -115,16 +133,20 @@ def train_teacher(pipe, data, folder: Path, sizes: DistillSizes):
     path = folder/'teacher.safetensors'
     return _fit_teacher(unet, data, sizes.teacher, lr=1.5e-3, path=path, ema=.999)
 
-# %% ../../nbs/worlds/07_stages.ipynb #ea81aa45
+# %% ../../nbs/worlds/07_stages.ipynb #559020d3
+def _distillation_loss(student, average, teacher, data, step: int) -> torch.Tensor:
+    "Return the LCM loss on 64 rows of the dataset, with `average` as the target network."
+    latents, cond = data()
+    g = generator(0, 'student', step)
+    i = torch.randint(len(latents), (64,), generator=g)
+    t, noise = draw_lcm_noise(64, latents.shape[1:], g)
+    networks = student, average, teacher
+    return lcm_loss(*networks, latents[i], t, noise, cond[i], DISTILL_GUIDANCE)
+
+# %% ../../nbs/worlds/07_stages.ipynb #2955c273
 def _fit_student(student, teacher, data, steps: int, lr: float, path: Path):
     "Distil `student` from `teacher`, with its own moving average as the target network."
-    def loss(step, average):
-        latents, cond = data()
-        g = generator(0, 'student', step)
-        i = torch.randint(len(latents), (64,), generator=g)
-        t, noise = draw_lcm_noise(64, latents.shape[1:], g)
-        networks = student, average, teacher
-        return lcm_loss(*networks, latents[i], t, noise, cond[i], DISTILL_GUIDANCE)
+    def loss(step, average): return _distillation_loss(student, average, teacher, data, step)
     student.train().requires_grad_(True)
     return fit(student, loss, steps, lr, path, ema=.95).requires_grad_(False)
 
@@ -134,16 +156,28 @@ def train_student(teacher, data, folder: Path, sizes: DistillSizes):
     student, path = copy.deepcopy(teacher), folder/'student.safetensors'
     return _fit_student(student, teacher, data, sizes.student, lr=6e-4, path=path)
 
-# %% ../../nbs/worlds/07_stages.ipynb #3de7fbac
-def _fit_preference(model: PreferenceModel, pipe, folder: Path, sizes: DistillSizes):
-    "Train the preference model on comparisons and set the scale of its scores."
-    pictures, texts = step_pictures(pipe, sizes.preference_prompts)
+# %% ../../nbs/worlds/07_stages.ipynb #4b9643dd
+def _fit_preference(
+    model: PreferenceModel,
+    pipe,
+    folder: Path,
+    sizes: DistillSizes,
+    name: str = 'preference' # of the random stream and of the checkpoint
+) -> PreferenceModel:
+    "Train a preference model on comparisons."
+    samples = step_pictures(pipe, sizes.preference_prompts, name)
     def loss(step, average):
-        pairs = preference_pairs((pictures, texts), pipe.vae, step)
+        pairs = preference_pairs(samples, pipe.vae, step, name=name)
         return preference_loss(model, pipe.tokenizer, *pairs)
-    trained = fit(model, loss, sizes.preference, 1e-3, folder/'preference.safetensors')
-    standardise_scores(trained, pipe.tokenizer, pictures[2], texts)
-    return trained.requires_grad_(False)
+    trained = fit(model, loss, sizes.preference, 1e-3, folder/f'{name}.safetensors')
+    return _standardised(trained, pipe.tokenizer, samples)
+
+# %% ../../nbs/worlds/07_stages.ipynb #2cd7f591
+def _standardised(model: PreferenceModel, tokenizer, samples: tuple[dict, list]) -> PreferenceModel:
+    "Set the scale of the scores, and freeze the model."
+    pictures, texts = samples
+    standardise_scores(model, tokenizer, pictures[2], texts)
+    return model.requires_grad_(False)
 
 # %% ../../nbs/worlds/07_stages.ipynb #47a2d526
 def _fit_features(net: FeatureNet, folder: Path, sizes: DistillSizes):
@@ -161,13 +195,20 @@ def train_scorers(pipe, folder: Path, sizes: DistillSizes) -> tuple[PreferenceMo
     preference = _fit_preference(model, pipe, folder, sizes)
     return preference, _fit_features(net, folder, sizes)
 
+# %% ../../nbs/worlds/07_stages.ipynb #5561be62
+def train_second_judge(pipe, folder: Path, sizes: DistillSizes) -> PreferenceModel:
+    "Train a preference model that differs from the first in everything random."
+    torch.manual_seed(4)
+    model = PreferenceModel(len(pipe.tokenizer))
+    return _fit_preference(model, pipe, folder, sizes, 'second judge')
+
 # %% ../../nbs/worlds/07_stages.ipynb #6060fac1
 def _web_data(pipe, sizes: DistillSizes, kinds: tuple):
     "Return a function that gives the dataset of pictures that lack things."
     n, three, lacking = sizes.web_scenes, PROMPT_THREE_THINGS, LEFT_OUT
     return cache(lambda: latent_dataset(pipe, n, 'web', three, lacking, kinds))
 
-# %% ../../nbs/worlds/07_stages.ipynb #fe63d65b
+# %% ../../nbs/worlds/07_stages.ipynb #4ee5ce91
 def _web_teacher(teacher, pipe, folder: Path, sizes: DistillSizes):
     "Continue the teacher on pictures that lack things."
     path = folder/'web_teacher.safetensors'
@@ -175,6 +216,7 @@ def _web_teacher(teacher, pipe, folder: Path, sizes: DistillSizes):
     teacher = copy.deepcopy(teacher)
     return _fit_teacher(teacher, data, sizes.web_teacher, lr=5e-4, path=path, ema=.995)
 
+# %% ../../nbs/worlds/07_stages.ipynb #bb976493
 def _web_student(teacher, pipe, folder: Path, sizes: DistillSizes):
     "Continue the student on pictures that lack things, after the teacher."
     path = folder/'web_student.safetensors'
@@ -191,14 +233,19 @@ def train_web(teacher, pipe, folder: Path, sizes: DistillSizes) -> tuple: # teac
 # %% ../../nbs/worlds/07_stages.ipynb #e9770a17
 def _half(module: nn.Module) -> nn.Module: return copy.deepcopy(module).half()
 
-# %% ../../nbs/worlds/07_stages.ipynb #db830d4e
+# %% ../../nbs/worlds/07_stages.ipynb #271e751b
 def _save_networks(pipe, teacher, vision, folder: Path):
     "Write the pipeline, its teacher and the vision tower in half precision."
-    parts = [_half(m) for m in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae, pipe.unet)]
-    pipe.tokenizer.backend_tokenizer.no_padding() # else the padding of its last call is stored
-    assemble(pipe.tokenizer, *parts).save_pretrained(folder)
+    _save_pipeline(pipe, folder)
     _half(teacher).save_pretrained(folder/'teacher_unet')
     _half(vision).save_pretrained(folder/'clip_vision')
+
+# %% ../../nbs/worlds/07_stages.ipynb #1e5da5df
+def _save_pipeline(pipe, folder: Path):
+    "Write the pipeline in half precision."
+    parts = [_half(m) for m in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae, pipe.unet)]
+    pipe.tokenizer.backend_tokenizer.no_padding()
+    assemble(pipe.tokenizer, *parts).save_pretrained(folder)
 
 # %% ../../nbs/worlds/07_stages.ipynb #fbc9d831
 def _edit_json(path: Path, add: dict | None = None, drop: tuple = ()):
@@ -214,12 +261,19 @@ def _tidy_configs(folder: Path):
     for name in ('tokenizer', 'tokenizer_2'):
         _edit_json(folder/name/'tokenizer_config.json', drop=('is_local', 'local_files_only'))
 
-# %% ../../nbs/worlds/07_stages.ipynb #401b623f
-def export_pipeline(pipe, teacher, vision, preference, features, folder: Path):
+# %% ../../nbs/worlds/07_stages.ipynb #c0db6f74
+def export_pipeline(
+    pipe,
+    teacher,      # its UNet
+    vision,       # tower of the embedded CLIP
+    judges: dict, # name of the file: PreferenceModel
+    features,     # network of the evaluation
+    folder: Path
+):
     "Write the pipeline and its companions in half precision, with a manifest."
     _save_networks(pipe, teacher, vision, folder)
     _tidy_configs(folder)
-    save_module(preference, folder/'preference'/'preference.safetensors')
+    for name, judge in judges.items(): save_module(judge, folder/'preference'/f'{name}.safetensors')
     save_module(features, folder/'features'/'features.safetensors')
     write_manifest(folder)
 
@@ -229,19 +283,29 @@ def _row(model: str, num_steps: int, combos: str, reward: str, e: Estimate, n: i
     return dict(model=model, num_steps=num_steps, split=combos, reward=reward, mean=e.mean,
                 ci_low=e.ci_low, ci_high=e.ci_high, n=n)
 
-# %% ../../nbs/worlds/07_stages.ipynb #7491b428
-def _score_rows(result: EvalResult, model: str, num_steps: int) -> list[dict]:
-    "Return every reward on seen, held-out and all prompts, and FID."
-    keys = ['combos', 'prompt']
-    scores = result.scores.drop(columns=['num_steps', 'noise']).groupby(keys).mean()
-    parts = dict(seen=scores.loc['seen'], held_out=scores.loc['held_out'], all=scores)
-    rows = [_row(model, num_steps, 'all', 'fid', Estimate(result.fid), result.n)]
-    for combos, part in parts.items():
-        for name in part:
-            rows.append(_row(model, num_steps, combos, name, t_interval(part[name]), len(part)))
+# %% ../../nbs/worlds/07_stages.ipynb #87ca4505
+def _combination_rows(part: pd.DataFrame, model: str, num_steps: int, combos: str) -> list[dict]:
+    "Return a row for each reward, a column of `part`, over its prompts."
+    rows = []
+    for name in part: rows.append(_row(model, num_steps, combos, name, t_interval(part[name]), len(part)))
     return rows
 
-# %% ../../nbs/worlds/07_stages.ipynb #e44e50b9
+# %% ../../nbs/worlds/07_stages.ipynb #372a6657
+def _score_rows(result: EvalResult, model: str, num_steps: int) -> list[dict]:
+    "Return every reward on seen, held-out and all prompts, and FID."
+    scores = result.scores.drop(columns=['num_steps', 'noise']).groupby(['combos', 'prompt']).mean()
+    parts = dict(seen=scores.loc['seen'], held_out=scores.loc['held_out'], all=scores)
+    rows = [_row(model, num_steps, 'all', 'fid', Estimate(result.fid), result.n)]
+    for combos, part in parts.items(): rows += _combination_rows(part, model, num_steps, combos)
+    return rows
+
+# %% ../../nbs/worlds/07_stages.ipynb #a673b2ac
+def _teacher_rows(pipe, teacher, *evaluated) -> list[dict]: # world, evaluation set and sizes
+    "Evaluate the teacher and return its rows."
+    def by_teacher(cond, noise, injected): return teacher_sample(teacher, cond, noise)
+    return _score_rows(evaluate(by_teacher, pipe, *evaluated), 'teacher', TEACHER_STEPS)
+
+# %% ../../nbs/worlds/07_stages.ipynb #e39baff3
 def headroom_table(
     pipe, # the student's
     teacher, # its UNet
@@ -250,15 +314,12 @@ def headroom_table(
     sizes: Profile, # its scored_noises
 ) -> pd.DataFrame: # a row for each model, number of steps, split and reward
     "Score the student at 1, 2, 4 and 8 steps and the teacher, on the same prompts and noise."
-    rows = []
-    for n in (1, 2, 4, 8):
-        result = evaluate(pipe, pipe, world, eval_set, sizes, n)
-        rows += _score_rows(result, 'student', n)
-    def by_teacher(cond, noise, injected): return teacher_sample(teacher, cond, noise)
-    result = evaluate(by_teacher, pipe, world, eval_set, sizes)
-    return pd.DataFrame(rows+_score_rows(result, 'teacher', TEACHER_STEPS)).round(4)
+    evaluated, rows = (world, eval_set, sizes), []
+    for n in (1, 2, 4, 8): rows += _score_rows(evaluate(pipe, pipe, *evaluated, n), 'student', n)
+    rows += _teacher_rows(pipe, teacher, *evaluated)
+    return pd.DataFrame(rows).round(4)
 
-# %% ../../nbs/worlds/07_stages.ipynb #cd52f93a
+# %% ../../nbs/worlds/07_stages.ipynb #0e9ae32f
 _CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -266,7 +327,7 @@ library_name: diffusers
 # The shapes pipeline
 
 An SDXL-format latent consistency model of rendered scenes, with its teacher (`teacher_unet`), a
-vision tower (`clip_vision`), a preference model and evaluation features. Everything was trained
+vision tower (`clip_vision`), two preference models and evaluation features. Everything was trained
 from nothing on pictures that `lasro.worlds.shapes` renders. Notebooks 05 to 07 of `nbs/worlds` define
 the training; `make retrain` repeats it. The model knows coloured shapes and nothing else.
 
@@ -297,22 +358,30 @@ def _markdown_table(columns, rows) -> str:
     lines = [list(columns), ['---']*len(columns), *rows]
     return '\n'.join('| '+' | '.join(map(str, line))+' |' for line in lines)
 
-# %% ../../nbs/worlds/07_stages.ipynb #4b0761c7
+# %% ../../nbs/worlds/07_stages.ipynb #02a4b59a
+def _as_text(scores: pd.DataFrame) -> pd.DataFrame:
+    "Add a column `text`: the mean with its interval."
+    values = zip(scores['mean'], scores.ci_low, scores.ci_high)
+    return scores.assign(text=[str(Estimate(*value)) for value in values])
+
+# %% ../../nbs/worlds/07_stages.ipynb #ca631264
 def _score_table(headroom: pd.DataFrame) -> str:
     "Return scores on held-out prompts as a Markdown table, a row for each model."
-    shown = headroom[(headroom.split == 'held_out') | (headroom.reward == 'fid')]
-    values = zip(shown['mean'], shown.ci_low, shown.ci_high)
-    shown = shown.assign(text=[str(Estimate(*value)) for value in values])
+    shown = _as_text(headroom[(headroom.split == 'held_out') | (headroom.reward == 'fid')])
     table = shown.pivot(index=['model', 'num_steps'], columns='reward', values='text')
     table = table.reset_index()
     return _markdown_table(table.columns, table.to_numpy())
 
-# %% ../../nbs/worlds/07_stages.ipynb #c6708bd9
+# %% ../../nbs/worlds/07_stages.ipynb #4ec585c4
+def _card_settings(sizes: DistillSizes) -> dict[str, object]:
+    "Return what the card says of the training."
+    updates = [f'{name} {n:,}' for name, n in list(vars(sizes).items())[:8]]
+    return dict(left_out=LEFT_OUT, teacher_steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE,
+                distilled=DISTILL_GUIDANCE, updates=', '.join(updates))
+
+# %% ../../nbs/worlds/07_stages.ipynb #0b2ba593
 def world_model_card(headroom: pd.DataFrame, folder: Path, sizes: DistillSizes) -> str:
     "Return the text of the card for the weights in `folder`."
     files = [(f'`{name}`', f'`{h}`') for name, h in load_json(folder/'manifest.json').items()]
-    updates = [f'{name} {n:,}' for name, n in list(vars(sizes).items())[:8]]
-    settings = dict(left_out=LEFT_OUT, teacher_steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE,
-                    distilled=DISTILL_GUIDANCE, updates=', '.join(updates))
     files = _markdown_table(('file', 'sha256'), files)
-    return _CARD.format(scores=_score_table(headroom), files=files, **settings)
+    return _CARD.format(scores=_score_table(headroom), files=files, **_card_settings(sizes))

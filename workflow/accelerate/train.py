@@ -1,4 +1,6 @@
-"""Tune a few-step model on several GPUs, with the parameters of nbs/experiments/tune_sdxl.ipynb, from a YAML file or by -p:
+"""Tune a few-step model on several GPUs.
+
+The parameters are those of nbs/experiments/tune_sdxl.ipynb, from a YAML file or by -p:
 accelerate launch --config_file workflow/accelerate/ddp.yaml workflow/accelerate/train.py recipe.yaml -p OUT runs/first
 """
 import argparse
@@ -35,7 +37,8 @@ def main():
     rank = os.environ.get('RANK', '0')
     try:
         ready = prepare(make_config(**parameters()))
-        if rank == '0': print(f'{len(ready.left_out)} prompts left out; from the hub: {ready.model.source.hub_ids}', flush=True)
+        hub_ids = ready.model.source.hub_ids
+        if rank == '0': print(f'{len(ready.left_out)} prompts left out; from the hub: {hub_ids}', flush=True)
         run = finetune(**ready.arguments)
         if rank == '0': print(run, flush=True)
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError, torch.OutOfMemoryError) as e:
