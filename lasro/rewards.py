@@ -316,13 +316,13 @@ def _call(
         raise ValueError(f'reward {name!r}: {e}; its options are: {known}') from None
     return factory(**given)
 
-# %% ../nbs/04_rewards.ipynb #73442964
+# %% ../nbs/04_rewards.ipynb #a252bf1c
 def _made(factory: Callable, name: str, device, options: dict) -> Reward:
     "Make a reward by a factory, which may take the device."
     takes_device = callable(factory) and 'device' in inspect.signature(factory).parameters
     made = _call(factory, name, dict(device=device) | options if takes_device else options)
     reward = _as_reward(made, name)
-    return replace(reward, options=reward.options | _plain(options))
+    return replace(reward, options=_plain(options) | reward.options)
 
 # %% ../nbs/04_rewards.ipynb #52ba4b1e
 def _parsed(reward):

@@ -1,4 +1,5 @@
 "Sums, options, servers and samples without a reward, in whole runs."
+import json
 import math
 
 import pytest
@@ -127,3 +128,19 @@ def test_a_constant_part_is_named(pipe):
     summed = weighted_sum([load_reward('compressibility'), constant], [1, 1])
     with pytest.raises(ValueError, match="reward 'constant' is the same for 64 samples"):
         finetune(pipe, summed, PROMPTS, **SMALL)
+
+
+def softness(images, prompts, metadata): return -images.flatten(1).std(1)
+
+
+@pytest.mark.parametrize('form', ['dict', 'text'])
+def test_a_sum_trains_a_small_sdxl(tmp_path, form):
+    from lasro.sdxl.config import make_config, prepare
+    weights = {'compressibility': 1, 'test_rewards:softness': .5}
+    reward = weights if form == 'dict' else json.dumps(weights)
+    sizes = dict(outer_steps=1, pretrain_prompts=2, probe_prompts=2)
+    ready = prepare(make_config(small=True, reward=reward, device='cpu', overrides=sizes))
+    run = finetune(**ready.arguments)
+    assert run.record['reward'] == 'compressibility+0.5*test_rewards:softness'
+    assert len(run.record['reward_options']['deviations']) == 2
+    assert 'reward/test_rewards:softness' in run.metrics

@@ -53,12 +53,12 @@ def bertscore_recall(
     similarity = (u @ v.mT).masked_fill(~exists[:, None], -1)
     return (similarity.amax(2)*counts).sum(1)/counts.sum(1)
 
-# %% ../../nbs/sdxl/01_captions.ipynb #f613268d
+# %% ../../nbs/sdxl/01_captions.ipynb #450c9b4a
 def load_reward_part(cls, where: str, reward: str, **kwargs):
     "Load a part of a reward; raises FileNotFoundError if it is not there."
     try:
         return cls.from_pretrained(where, local_files_only=Path(where).is_dir(), **kwargs)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         why = first_line(e)[:80]
     raise FileNotFoundError(f'reward {reward}: cannot load {where} ({why}); give its folder')
 
@@ -132,7 +132,7 @@ def caption_images(
 # %% ../../nbs/sdxl/01_captions.ipynb #b075fab4
 LLAVA = 'llava-hf/llava-1.5-13b-hf' # the protocol's LLaVA-13B is an earlier one
 
-# %% ../../nbs/sdxl/01_captions.ipynb #b52e5c5e
+# %% ../../nbs/sdxl/01_captions.ipynb #35dc9fc1
 def caption_alignment(
     folder: str = LLAVA,      # of the captioner, or its hub id
     encoder: str = DEBERTA,   # of the text encoder, or its hub id; '' takes the shipped one
@@ -152,4 +152,5 @@ def caption_alignment(
         references = [f'The image contains {text}' for text in texts]
         recall = bertscore_recall(references, captions, *scorer, layer)
         return recall, dict(captions=captions, encoder=name)
-    return Reward('text_alignment', fn, (-1, 1), held_out='clip_score')
+    options = dict(encoder=name)
+    return Reward('text_alignment', fn, (-1, 1), held_out='clip_score', options=options)

@@ -31,7 +31,7 @@ from .sources import model_source, weights_dtype
 from ..options import Options, make_options
 from ..task import sampled_data
 
-# %% ../../nbs/sdxl/05_config.ipynb #7993a419
+# %% ../../nbs/sdxl/05_config.ipynb #4b510121
 @dataclass
 class SDXLConfig:
     "Describe one run at full size."
@@ -45,7 +45,7 @@ class SDXLConfig:
     resolution: int | None = None       # pixels a side; None takes the model's own
     dtype: str = ''                     # of frozen weights; '' is bfloat16 on a GPU, else float32
     device: str = ''                    # '' takes a GPU where there is one
-    reward: str = 'compressibility'     # one of `FULL_REWARDS`, or module:function
+    reward: str | dict | list = 'compressibility' # of `FULL_REWARDS`, or what `load_reward` takes
     reward_options: dict = field(default_factory=dict)
     reward_device: str = ''             # scores there in its own process; '' scores in this one
     held_out: str = ''                  # a reward that is only watched
@@ -102,10 +102,10 @@ def _check_types(self: SDXLConfig):
             wanted = ' or '.join(t.__name__ for t in allowed)
             raise ValueError(f'{f.name} is {value!r}, but must be {wanted}')
 
-# %% ../../nbs/sdxl/05_config.ipynb #b8e03117
-def _check_reward(name: str):
+# %% ../../nbs/sdxl/05_config.ipynb #49ac1413
+def _check_reward(name):
     "Raise ValueError unless `name` is a known reward or looks like module:function."
-    if ':' not in name and name not in FULL_REWARDS:
+    if isinstance(name, str) and ':' not in name and name not in FULL_REWARDS:
         known = ', '.join(FULL_REWARDS)
         raise ValueError(f'unknown reward {name!r}: choose {known}, or module:function')
 
