@@ -16,7 +16,8 @@ from torch import nn
 from lasro.core import generator, load_json
 from lasro.finetuning import finetune
 from lasro.models import adapter_layers, adapters_off, add_lora
-from lasro.sdxl.config import make_config, prepare
+from lasro.sdxl.config import make_config
+from lasro.sdxl.prepare import prepare
 from lasro.surrogate import octave_noise
 
 
