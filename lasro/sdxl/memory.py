@@ -8,10 +8,10 @@ __all__ = ['MEMORY_SETTINGS', 'SMALL_SETTINGS', 'COSTS_FILE', 'KEY_COLUMNS', 'SA
            'choose_plan', 'card_table', 'leaner_options', 'count_work', 'hours', 'allocation_timeline',
            'AccumulationRun', 'measure_accumulation', 'accumulation_table', 'plot_accumulation']
 
-# %% ../../nbs/sdxl/03_memory.ipynb #25cd14ab
+# %% ../../nbs/sdxl/03_memory.ipynb #da623e71
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 
 # %% ../../nbs/sdxl/03_memory.ipynb #90c446bc
@@ -20,15 +20,15 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# %% ../../nbs/sdxl/03_memory.ipynb #056c21cc
+# %% ../../nbs/sdxl/03_memory.ipynb #459d3a93
 from ..core import ASSETS
 from ..models import Conditioning
 from ..monitor import PROBE_EVERY
 from ..options import Options
 from .architectures import count_parameters, full_unet, small_unet
+from .loading import FewStep
 from .passes import KINDS, MemorySetting, ModelShape, PassCost, build_networks, count_pass
 from .passes import micro_group_loss, model_shape, random_inputs, ready_optimizer
-from .loading import FewStep
 from .sources import SOURCES
 
 # %% ../../nbs/sdxl/03_memory.ipynb #f6e081ab
