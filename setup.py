@@ -11,4 +11,5 @@ extras['dev'] += extras['sdxl']
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
       packages=find_packages(include=['lasro*']), package_data={'lasro': ['assets/**/*']}, include_package_data=False,
       install_requires=cfg['requirements'].split(), extras_require=extras, python_requires='>='+cfg['min_python'],
-      entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]})
+      entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+                    'console_scripts': ['lasro=lasro.command:main']})

@@ -30,7 +30,7 @@ SETTINGS = (
 )
 PLAIN = memory.SMALL_SETTINGS[0]
 SMALL_SETTINGS = PLAIN, replace(PLAIN, gradient_checkpointing=True)
-COMPARED = 'decoding', 'surrogate gradient', 'decoder gradient' # counted without checkpointing
+COMPARED = 'decoding', 'sampling step', 'surrogate gradient', 'decoder gradient' # without checkpointing
 ROWS = {'generator update': (1, 2, 4), 'surrogate step': (2, 4)} # the rest is extrapolated
 
 

@@ -1,22 +1,19 @@
 "Faults of the full-size path that were found by reading and by runs; each has its test, on small random networks."
 import copy
-import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from safetensors.torch import load_file
+from conftest import ROOT, python
 from torch import nn
 
 from lasro.core import generator, load_json
 from lasro.finetuning import finetune
 from lasro.models import adapter_layers, adapters_off, add_lora
-from lasro.sdxl.config import make_config, prepare
+from lasro.sdxl.config import make_config
+from lasro.sdxl.prepare import prepare
 from lasro.surrogate import octave_noise
 
 
@@ -112,16 +109,15 @@ def test_parquet_reads_only_the_column_of_prompts(tmp_path, monkeypatch):
     assert read_prompt_set(tmp_path/'shard.parquet') == ['a red ring'] and asked == [['caption']]
 
 
-def test_float16_trains_with_a_scaled_loss():
-    "Cards before Ampere have no bfloat16 units."
+def test_float16_is_prepared_with_a_scaled_loss():
+    "Cards before Ampere have no bfloat16 units; accelerate scales the loss there, and only on a GPU."
     ready = prepare(config(dtype='float16', overrides=dict(outer_steps=1)))
     assert ready.model.teacher.dtype == torch.float16 and ready.arguments['mixed_precision'] == 'fp16'
-    trained = [p for p in ready.model.pipe.unet.parameters()]
-    assert trained[0].dtype == torch.float16
+    assert ready.model.pipe.unet.dtype == torch.float16
 
 
 def test_the_card_runs_in_half_precision_on_a_gpu(lcm_lora):
-    from lasro.sdxl.export import usage
+    from lasro.sdxl.card import usage
     code = usage(lcm_lora)
     assert code.count('torch.float16') == code.count('from_pretrained') and "pipe.to('cuda')" in code
 
@@ -145,6 +141,17 @@ def test_how_long_counts_labels_and_surrogate():
     assert work['generator updates'] < .75*work.sum()
 
 
+def test_every_copy_of_a_reward_is_in_the_plan(monkeypatch):
+    "6. Each process of a launch loads its own copy; on the card of the run the plan counts them all."
+    from lasro.sdxl.memory import RunSizes, memory_plan
+    import lasro.sdxl.prepare # noqa: F401
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    asked = config(small=False, reward='compressibility', reward_device='cuda:0')
+    assert asked.reward_copies('cuda:0') == 4 and asked.reward_copies('cuda:1') == 0
+    plan = memory_plan('lcm-ssd-1b', sizes=RunSizes(reward_gb=1.5, reward_copies=4))
+    assert set(plan.loc['reward']) == {6.}
+
+
 def test_out_of_memory_steps_down_and_resumes(tmp_path):
     from lasro.sdxl.tuning import tune
     calls = []
@@ -158,6 +165,43 @@ def test_out_of_memory_steps_down_and_resumes(tmp_path):
     kept = load_json(tmp_path/'run'/'config.json')
     assert kept['overrides']['sample_batch'] < 4, 'it was not made leaner'
     assert (tmp_path/'run'/'config.json').exists() and max(calls[40:]) < max(calls[:40])
+
+
+# a whole run by its recipe
+
+RECIPES = sorted((ROOT/'recipes').glob('*.yaml'))
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_configuration(path):
+    "Names and types are right, and the experiment notebook has all of its parameters."
+    from lasro.command import check_parameters, read_recipe
+    given = read_recipe(path)
+    make_config(**given)
+    check_parameters(ROOT/'nbs'/'experiments'/'tune_sdxl.ipynb', given)
+
+
+def test_the_small_recipe_does_the_whole_way(tmp_path):
+    "Training, tensorboard, grid, snapshots, judgement, card and two forms of the LoRA: under a minute on a free core."
+    out = tmp_path/'run'
+    found = python('-m', 'lasro', 'run', ROOT/'recipes'/'small.yaml', '-p', 'OUT', out)
+    assert found.returncode == 0, found.stderr[-2000:]
+    files = {p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file()}
+    lora = {'README.md', 'grid.png', 'lora_comfyui_a1111.safetensors', 'pytorch_lora_weights.safetensors'}
+    assert {f'lora/{name}' for name in lora} <= files
+    assert {'run.json', 'metrics.csv', 'eval.csv.gz', 'eval_table.csv', 'snapshots/best.json', 'snapshots/step-00001/grid.png'} <= files
+    assert any('events.out.tfevents' in name for name in files)
+    table = pd.read_csv(out/'eval_table.csv').set_index('measure')
+    assert {'compressibility', 'clip_score', 'diversity', 'distance_to_base'} <= set(table.index)
+    assert 'diversity' in (out/'lora'/'README.md').read_text()
+    again = python('-m', 'lasro', 'run', ROOT/'recipes'/'small.yaml', '-p', 'OUT', out)
+    assert again.returncode == 1 and 'holds a finished run' in again.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('name, value, message', [('MODEL', 'hyper-sd', 'refused'), ('REWRAD', 'x', 'unknown parameter'), ('PROMPTS', 'no.txt', 'no prompt file')])
+def test_what_is_wrong_with_a_recipe_is_one_line(name, value, message):
+    found = python('-m', 'lasro', 'run', ROOT/'recipes'/'small.yaml', '-p', name, value)
+    assert found.returncode == 1 and len(found.stderr.strip().splitlines()) == 1 and message in found.stderr
 
 
 # 12. presets and signs of hacking

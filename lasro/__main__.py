@@ -1,0 +1,4 @@
+"`python -m lasro` is the command `lasro`."
+from .command import main
+
+main()
