@@ -29,6 +29,7 @@ log = logging.getLogger('lasro')
 @dataclass(frozen=True, repr=False)
 class BaselineOptions(Options):
     "What the baselines add to `Options`."
+    group_size: int = option(6, 1)        # samples per prompt and visit
     # rlcm
     clip_range: float = option(3e-5, 0.)  # half-width of the ratio's clip at 64x64x4 latents; published 1e-4
     adv_clip: float = option(10., 0.)     # greatest advantage; published
@@ -78,11 +79,12 @@ class Baseline(Arm):
 @patch
 def n_visits(self: Baseline, j: int # batch; 0 comes before the first round
             ) -> int:
-    "Return how many prompts batch j visits, each with N_s noises."
+    "Return how many visits batch j makes, each of `group_size` samples of a prompt."
     o = self.options
     n_prompts = len(self.task.texts)
-    total = reward_calls(o, n_prompts)//o.n_noises
-    each = o.num_steps*min(o.collect_prompts, o.pretrain_prompts, n_prompts)
+    total = reward_calls(o, n_prompts)//o.group_size
+    prompts = min(o.collect_prompts, o.pretrain_prompts, n_prompts)
+    each = o.num_steps*prompts*o.n_noises//o.group_size
     if self.on_policy: return part_size(total, o.outer_steps+1, j)
     if not o.online: return 0 if j else total
     return each if j else total-each*o.outer_steps
@@ -94,9 +96,9 @@ def draw_visits(self: Baseline, j: int) -> tuple[torch.Tensor, torch.Tensor, tor
     t, o = self.task, self.options
     g, m = t.stream('collect', j), self.n_visits(j)
     orders = [torch.randperm(len(t.texts), generator=g) for _ in range(1+m//len(t.texts))]
-    prompt = torch.cat(orders)[:m].repeat_interleave(o.n_noises)
+    prompt = torch.cat(orders)[:m].repeat_interleave(o.group_size)
     noise, injected = t.noise(len(prompt), g)
-    if not o.off_policy: noise = noise[::o.n_noises].repeat_interleave(o.n_noises, 0)
+    if not o.off_policy: noise = noise[::o.group_size].repeat_interleave(o.group_size, 0)
     return prompt, noise, injected
 
 # %% ../nbs/13_baselines.ipynb #96d279e9
@@ -143,7 +145,7 @@ def collect(self: Baseline, j: int) -> tuple[dict, torch.Tensor]: # samples; fea
 def by_visit(self: Baseline, found: dict # of `collect`
             ) -> dict: # name: (visits, N_s, ...)
     "Group the samples of each visit."
-    rows = found['order'].argsort().view(-1, self.options.n_noises)
+    rows = found['order'].argsort().view(-1, self.options.group_size)
     return {name: x[rows] for name, x in found.items() if name != 'order'}
 
 # %% ../nbs/13_baselines.ipynb #d5a8522d
@@ -161,7 +163,7 @@ def collect_batch(self: Baseline, j: int) -> dict: # numbers to log
                     'there is nothing to learn from yet', self.task.reward.name)
     row = dict(reward=float(found['rewards'].mean()))
     if self.task.reward.on_nan == 'skip': row['skipped'] = len(known)-int(known.sum())
-    n = self.options.n_noises
+    n = self.options.group_size
     if not features.shape[1] or n < 2: return row
     groups = features.view(-1, n, features.shape[1])
     return row | dict(diversity=diversity(groups, self.task.world))

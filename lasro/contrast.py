@@ -309,8 +309,8 @@ class DrPO(Baseline):
     on_policy = True
     def __init__(self, task: Task):
         o, n = task.options, task.num_steps
-        if o.n_noises < 2:
-            raise ValueError('DrPO sorts the samples of a visit: set n_noises to 2 or more')
+        if o.group_size < 2:
+            raise ValueError('DrPO sorts the samples of a visit: set group_size to 2 or more')
         self.reference = Reference(task.pipe.unet, bool(o.lora_rank)) # before the run
         super().__init__(task)
         weights = [o.c1]*(n-1)+[o.c2]
@@ -330,7 +330,7 @@ def store(self: DrPO, found: dict, j: int):
 @patch
 def draw_rows(self: DrPO, k: int, i: int) -> dict | None:
     "Draw visits and fresh noise for update i of round k, and sample the model before the run."
-    t, n = self.task, self.options.n_noises
+    t, n = self.task, self.options.group_size
     g = t.stream('drpo', k, i)
     order = torch.randperm(len(self.batch['prompt']), generator=g)
     rows = order[:max(1, self.options.batch_size//n)]
@@ -385,7 +385,7 @@ def reward_loss(
     group: MicroGroup
 ) -> tuple[torch.Tensor, dict]: # numbers to log
     "Return the micro-group's share of the weighted losses of all steps."
-    t, m, n = self.task, self.options.n_noises, len(drawn['rows'])
+    t, m, n = self.task, self.options.group_size, len(drawn['rows'])
     mine = group.rows(n)
     if not len(mine): return self.zero_loss(), {}
     labelled, = self.pick(drawn['rows'][mine], 'latents')

@@ -62,13 +62,13 @@ class Profile:
     name: str
     n_seeds: int = 5            # training seeds per arm
     train_prompts: int = 2000   # prompts that the generator is trained on
-    pretrain_prompts: int = 70  # prompts sampled to pre-train the surrogate
-    n_noises: int = 6           # N_s, initial noises per prompt and visit
+    pretrain_prompts: int = 210 # prompts sampled to pre-train the surrogate
+    n_noises: int = 2           # N_s, initial noises per prompt and visit
     pretrain_steps: int = 60    # surrogate updates before the generator's first update
     outer_steps: int = 20       # rounds of generator updates, collection and surrogate updates
-    generator_steps: int = 2    # K1, generator updates per round
-    surrogate_steps: int = 6    # K2, surrogate updates per round
-    collect_prompts: int = 12   # prompts that are sampled and labelled anew per round
+    generator_steps: int = 4    # K1, generator updates per round
+    surrogate_steps: int = 12   # K2, surrogate updates per round
+    collect_prompts: int = 36   # prompts that are sampled and labelled anew per round
     batch_size: int = 64        # samples per generator update
     probe_prompts: int = 256    # training prompts behind the learning curve
     eval_prompts: int = 256     # test prompts, half seen and half held-out combinations
@@ -84,8 +84,8 @@ _SMOKE = Profile(
 # %% ../nbs/00_core.ipynb #28d22c84
 _SDXL = Profile(
     'sdxl', n_seeds=1, train_prompts=4000, pretrain_prompts=128, pretrain_steps=400,
-    outer_steps=60, batch_size=16, probe_prompts=32, eval_prompts=300, eval_noises=10,
-    scored_noises=10)
+    n_noises=6, outer_steps=60, generator_steps=2, surrogate_steps=6, collect_prompts=12,
+    batch_size=16, probe_prompts=32, eval_prompts=300, eval_noises=10, scored_noises=10)
 
 # %% ../nbs/00_core.ipynb #bdcc32e3
 _ALL = (_SMOKE, Profile('quick', n_seeds=1), Profile('lab'), _SDXL)

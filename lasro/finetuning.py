@@ -38,21 +38,24 @@ from .world import load_world
 log = logging.getLogger('lasro')
 
 # %% ../nbs/15_finetuning.ipynb #970280c4
+_LASRO = dict(anchor=.3)
+
 ARMS = { # name: class, options that differ from its defaults
     'base': (LCMContinued, dict(outer_steps=0)),
     'lcm_continued': (LCMContinued, {}),
-    'lasro': (LaSRO, {}),
-    'lasro-frozen': (LaSRO, dict(online=False)),
-    'lasro-onpolicy': (LaSRO, dict(off_policy=False)),
-    'lasro-second-only': (LaSRO, dict(c1=0.)),
-    'lasro-no-lcm': (LaSRO, dict(c=0.)),
-    'lasro-no-clip': (LaSRO, dict(s_form='none')),
-    'lasro-detached': (LaSRO, dict(detach=True)),
+    'lasro': (LaSRO, _LASRO),
+    'lasro-frozen': (LaSRO, _LASRO | dict(online=False)),
+    'lasro-onpolicy': (LaSRO, _LASRO | dict(off_policy=False)),
+    'lasro-second-only': (LaSRO, _LASRO | dict(c1=0.)),
+    'lasro-no-lcm': (LaSRO, _LASRO | dict(c=0.)),
+    'lasro-no-clip': (LaSRO, _LASRO | dict(s_form='none')),
+    'lasro-no-anchor': (LaSRO, dict(anchor=0.)),
+    'lasro-detached': (LaSRO, _LASRO | dict(detach=True)),
     'rlcm': (RLCM, dict(lr=4e-4, c=0., max_norm=5.)),
     'rlcm-dropped': (RLCMDropped, dict(lr=4e-4, c=0., max_norm=5.)),
     'diffusion_dpo': (DiffusionDPO, dict(lr=1e-4, c=0.)),
     'pso': (PSO, dict(lr=2e-4, c=0.)),
-    'gors_lcm': (GORS, dict(c=0.)),
+    'gors_lcm': (GORS, dict(lr=4e-4, c=0.)),
     'reward_guided': (RewardGuided, dict(lr=1e-4)),
     'direct': (Direct, dict(lr=8e-4)),
     'fdfo': (FDFO, dict(lr=1e-4, c=0.)),

@@ -141,7 +141,7 @@ def train_proxy(self: RewardGuided, j: int, # batch
 @patch
 def _n_sets(self: RewardGuided, j: int) -> int:
     "Return how many new sets the calls up to batch j allow."
-    n = self.options.n_noises
+    n = self.options.group_size
     before = n*sum(self.n_visits(i) for i in range(j))
     after = before+n*self.n_visits(j)
     return after//4-before//4

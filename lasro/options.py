@@ -63,17 +63,17 @@ class Options:
     "What can be chosen in a run. Not stated in the paper unless the comment says so."
     # the sampler, and rounds of generator updates, collection and surrogate updates
     num_steps: int = option(2, 1, 4)          # sampling steps trained for; stated: 2
-    pretrain_prompts: int = option(70, 1)     # prompts labelled before the first generator update
+    pretrain_prompts: int = option(210, 1)    # prompts labelled before the first generator update
     pretrain_steps: int = option(60, 0)       # surrogate updates before the first generator update
     outer_steps: int = option(20, 0)          # rounds
-    generator_steps: int = option(2, 1)       # K1, generator updates per round; stated: 1 to 10
-    surrogate_steps: int = option(6, 0)       # K2, surrogate updates per round; stated: 1 to 50
-    collect_prompts: int = option(12, 1)      # prompts labelled anew per round
-    n_noises: int = option(6, 1)              # N_s, initial noises per prompt and visit; stated: 6,
+    generator_steps: int = option(4, 1)       # K1, generator updates per round; stated: 1 to 10
+    surrogate_steps: int = option(12, 0)      # K2, surrogate updates per round; stated: 1 to 50
+    collect_prompts: int = option(36, 1)      # prompts labelled anew per round
+    n_noises: int = option(2, 1)              # N_s, initial noises per prompt and visit; stated: 6,
                                               # and 1 for ImageReward
     # the generator
     batch_size: int = option(64, 1)           # samples per generator update
-    lr: float = option(4e-4, 0., 1.)          # learning rate
+    lr: float = option(1e-4, 0., 1.)          # learning rate
     warmup: int = option(8, 0)                # updates in which the learning rate rises
     max_norm: float = option(1., 0.)          # of the clipped gradient
     lora_rank: int = option(0, 0)             # of its adapter; 0 tunes all weights
@@ -88,7 +88,7 @@ class Options:
     backbone: str = option('unet-whole', choices=BACKBONES) # stated: 'unet', the down half
     surrogate_lr: float = option(5e-4, 0., 1.)
     surrogate_rank: int = option(0, 0)        # of an adapter on the teacher; 0 tunes a copy of it
-    groups: int = option(8, 1)                # groups of a prompt and a step per surrogate update
+    groups: int = option(24, 1)               # groups of a prompt and a step per surrogate update
     pairs: str = option('all', choices=PAIRS) # what is compared with what
     min_gap: float = option(.05, 0.)          # least reward gap of a pair, in standard deviations
     smooth: float = option(.25, 0.)           # deviation of the noise on latents in its updates

@@ -48,9 +48,9 @@ class Perturbed(Baseline):
     Options = PerturbationOptions
     on_policy = True
     def __init__(self, task: Task):
-        if task.options.n_noises < 2:
+        if task.options.group_size < 2:
             name = type(self).__name__
-            raise ValueError(f'{name} compares the samples of a visit: set n_noises to 2 or more')
+            raise ValueError(f'{name} compares the samples of a visit: set group_size to 2 or more')
         super().__init__(task)
     def collect_batch(self, j: int) -> dict: # numbers to log
         row = Baseline.collect_batch(self, j)
@@ -104,7 +104,7 @@ class FDFO(Perturbed):
 @patch
 def draw_visits(self: FDFO, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Draw prompts (N,) and noise of batch j; every second noise is a perturbed copy of the one before."
-    n, sigma = self.options.n_noises, self.options.fdfo_sigma
+    n, sigma = self.options.group_size, self.options.fdfo_sigma
     prompt, noise, injected = Baseline.draw_visits(self, j)
     first, second = pair_members(n)
     visits = torch.arange(0, len(prompt), n)[:, None]
@@ -118,7 +118,7 @@ def draw_visits(self: FDFO, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 @patch
 def draw_rows(self: FDFO, k: int, i: int) -> torch.Tensor | None: # (2, n): visit * N_s + number
     "Return part i of the pairs of round k; None if it is empty."
-    t, n = self.task, self.options.n_noises
+    t, n = self.task, self.options.group_size
     visits = torch.arange(0, self.batch['rewards'].numel(), n)[:, None]
     pairs = torch.stack([(visits+member).flatten() for member in pair_members(n)])
     rewards = self.batch['rewards'].flatten()[pairs]
@@ -188,7 +188,7 @@ class NeighborGRPO(Perturbed):
 @patch
 def draw_visits(self: NeighborGRPO, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Draw prompts (N,) and noise of batch j, around the centre of each visit."
-    n, sigma = self.options.n_noises, self.options.grpo_sigma
+    n, sigma = self.options.group_size, self.options.grpo_sigma
     prompt, delta, injected_delta = Baseline.draw_visits(self, j)
     noise, injected = self.centres(j)
     noise = perturb(noise.repeat_interleave(n, 0), delta, sigma)

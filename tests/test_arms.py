@@ -119,7 +119,7 @@ def test_all_samples_may_come_first(name):
 
 @pytest.mark.parametrize('name', ['fdfo', 'neighbor_grpo', 'drpo'])
 def test_a_single_sample_cannot_be_compared(name):
-    with pytest.raises(ValueError, match='^[^\n]* set n_noises to 2 or more$'): build(name, n_noises=1)
+    with pytest.raises(ValueError, match='^[^\n]* set group_size to 2 or more$'): build(name, group_size=1)
 
 
 @pytest.mark.parametrize('name', ['lasro', 'rlcm', 'reward_guided', *NEWER])
