@@ -7,7 +7,7 @@ __all__ = ['agreement', 'pseudo_values', 'signal_to_noise', 'SampleGradients', '
            'score_latents', 'mean_distance', 'latent_diversity', 'score_vectors', 'prompt_advantages', 'policy_terms',
            'advantage_slope', 'true_terms', 'term_rows', 'credited_share', 'noise_directions', 'moved_noise',
            'change_rates', 'jacobian_norm', 'step_norms', 'pair_weights', 'policy_vectors', 'direct_gradient',
-           'trained_surrogate', 'surrogate_gradient', 'common_noise_differences', 'reliability', 'Reference',
+           'trained_surrogate', 'surrogate_gradient', 'common_noise_differences', 'reliability', 'ReferenceGradient',
            'block_means', 'quality_rows']
 
 # %% ../nbs/17_gradients.ipynb #20ad16d2
@@ -413,7 +413,7 @@ def reliability(blocks: torch.Tensor # (K, P), independent
 
 # %% ../nbs/17_gradients.ipynb #8e309c3f
 @dataclass
-class Reference:
+class ReferenceGradient:
     "What a gradient is compared with."
     blocks: torch.Tensor # (K, P), or (K, D) along D directions; independent
     directions: torch.Tensor | None = None # (D, P)
@@ -433,7 +433,7 @@ def block_means(blocks: torch.Tensor, # (K, P), independent
 # %% ../nbs/17_gradients.ipynb #a72d3357
 def quality_rows(
     estimates: list[torch.Tensor], # of each repeat, (E, P)
-    references: list[Reference],   # of each repeat
+    references: list[ReferenceGradient],   # of each repeat
     **columns
 ) -> list[dict]: # one per estimate
     "Return each estimate's cosine with its reference, and its mean cosine with all others."

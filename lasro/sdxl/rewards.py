@@ -31,7 +31,7 @@ from ..rewards import Reward, RewardError, WeightedSum, check_rewards, first_lin
 from ..rewards import compressibility, incompressibility
 from .captions import caption_alignment, for_scoring, load_reward_part
 from .clip_rewards import aesthetic, clip_cosine, clip_inputs, find_reward_file, hps, pickscore
-from .ocr import ocr
+from .ocr import text_reading
 from ..world import World
 
 # %% ../../nbs/sdxl/01_rewards.ipynb #a50f62a2
@@ -290,7 +290,7 @@ FULL_REWARDS = {
     'pickscore': pickscore,
     'hps': hps,
     'aesthetic': aesthetic,
-    'ocr': ocr,
+    'ocr': text_reading,
     'compressibility': compressibility,
     'incompressibility': incompressibility,
 }
