@@ -25,7 +25,7 @@ from .training import Arm
 
 log = logging.getLogger('lasro')
 
-# %% ../nbs/13_baselines.ipynb #913b61fe
+# %% ../nbs/13_baselines.ipynb #677a7c84
 @dataclass(frozen=True, repr=False)
 class BaselineOptions(Options):
     "What the baselines add to `Options`."
@@ -59,12 +59,13 @@ def part_size(total: int, parts: int, j: int) -> int:
     "Return the size of part j when `total` things are dealt out evenly."
     return (j+1)*total//parts - j*total//parts
 
-# %% ../nbs/13_baselines.ipynb #27a32113
+# %% ../nbs/13_baselines.ipynb #1e2dffe3
 class Baseline(Arm):
     "Learn from labelled samples. A subclass gives `store`, `draw_rows` and `reward_loss`."
     Options = BaselineOptions
     on_policy = False # True: every batch is of the same size and replaces the one before
     undefined = ''    # why there is no such method at one step; empty where there is one
+    whole_visits = False # True: a visit counts only if each of its samples has a reward
     def __init__(self, task: Task):
         if self.undefined and task.num_steps < 2:
             raise ValueError(f'{type(self).__name__} is not defined at 1 step: {self.undefined}')
@@ -146,21 +147,19 @@ def by_visit(self: Baseline, found: dict # of `collect`
     rows = found['order'].argsort().view(-1, self.options.n_noises)
     return {name: x[rows] for name, x in found.items() if name != 'order'}
 
-# %% ../nbs/13_baselines.ipynb #d5a8522d
+# %% ../nbs/13_baselines.ipynb #3f5cb63f
 @patch
 def collect_batch(self: Baseline, j: int) -> dict: # numbers to log
     "Collect batch j and keep what `store` wants of it."
     if not self.n_visits(j): return {}
     found, features = self.collect(j)
-    known = self.task.known(found['rewards'][:, None])
-    found = {name: x[known] for name, x in found.items()}
+    found, skipped = self.task.leave_out(found, self.options.n_noises if self.whole_visits else 1)
     self.store(found, j)
     winners, _, _ = ordered_pairs(found['rewards'], found['prompt'], 0)
     if j == 0 and not len(winners):
         log.warning('%s gives all samples of each prompt the same reward: '
                     'there is nothing to learn from yet', self.task.reward.name)
-    row = dict(reward=float(found['rewards'].mean()))
-    if self.task.reward.on_nan == 'skip': row['skipped'] = len(known)-int(known.sum())
+    row = dict(reward=float(found['rewards'].mean())) | skipped
     n = self.options.n_noises
     if not features.shape[1] or n < 2: return row
     groups = features.view(-1, n, features.shape[1])
@@ -201,13 +200,12 @@ def loss(self: Baseline, batch: dict, group: MicroGroup) -> tuple[torch.Tensor, 
     lcm = self.lcm(batch['lcm'], group)
     return loss+self.options.c*lcm, numbers | dict(lcm_loss=lcm)
 
-# %% ../nbs/13_baselines.ipynb #2f3160b7
+# %% ../nbs/13_baselines.ipynb #57cf408a
 @patch
 def state(self: Baseline) -> dict[str, torch.Tensor]:
     "Return all that a resumed run needs, by name."
     return Arm.state(self) | {f'batch.{name}': x for name, x in self.batch.items()}
 
-# %% ../nbs/13_baselines.ipynb #8361dd75
 @patch
 def restore(self: Baseline, tensors: dict # of `state`
            ):
@@ -283,7 +281,7 @@ def ratio_numbers(
     kl = d.square()/2
     return dict(ratio=ratio.mean(1), approx_kl=kl.mean(1), clipfrac=outside.mean(1))
 
-# %% ../nbs/13_baselines.ipynb #86fd4b7f
+# %% ../nbs/13_baselines.ipynb #b7f2c356
 class RLCM(Baseline):
     "DDPO for consistency models, official form (nbs/methods.ipynb, 3.1)."
     on_policy = True
@@ -296,7 +294,6 @@ class RLCM(Baseline):
         times = lcm_timesteps(self.task.num_steps)
         return list(zip(times, times[1:]+times[-1:]*self.dummy))
 
-# %% ../nbs/13_baselines.ipynb #0f197973
 class RLCMDropped(RLCM):
     "RLCM without the dummy last term."
     dummy = False
@@ -322,7 +319,7 @@ def clip_range(self: RLCM) -> float:
     "Return the half-width of the clip at this latent size."
     return self.options.clip_range*64*64*4/self.batch['inputs'][0, 0].numel()
 
-# %% ../nbs/13_baselines.ipynb #63482299
+# %% ../nbs/13_baselines.ipynb #684273ca
 @patch
 def draw_rows(self: RLCM, k: int, i: int) -> torch.Tensor:
     "Return part i of the batch."
@@ -368,14 +365,13 @@ def reward_loss(
     numbers = ratio_numbers(new-old, self.clip_range())
     return loss, dict(policy_loss=loss) | {name: group.mean(v, n) for name, v in numbers.items()}
 
-# %% ../nbs/13_baselines.ipynb #939fbf74
+# %% ../nbs/13_baselines.ipynb #5c97ed23
 @patch
 def state(self: RLCM) -> dict[str, torch.Tensor]:
     "Return all that a resumed run needs, by name."
     known = {'tracker.prompt': self.tracker.prompt, 'tracker.rewards': self.tracker.rewards}
     return Baseline.state(self) | known
 
-# %% ../nbs/13_baselines.ipynb #c5b8655e
 @patch
 def restore(self: RLCM, tensors: dict # of `state`
            ):
