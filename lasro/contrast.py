@@ -88,11 +88,12 @@ def nft_loss(
     good, bad = _weighted_error(x_old+change-z), _weighted_error(x_old-change-z)
     return q*good + (1-q)*bad
 
-# %% ../nbs/14_contrast.ipynb #512789bb
+# %% ../nbs/14_contrast.ipynb #948d8cb7
 class NFT(Baseline):
     "DiffusionNFT (nbs/methods.ipynb, 4.3)."
     Options = ContrastOptions
     on_policy = True
+    whole_visits = True
     def __init__(self, task: Task):
         self.reference = Reference(task.pipe.unet, bool(task.options.lora_rank)) # before the run
         super().__init__(task)
@@ -302,11 +303,12 @@ def teacher_features(
         for hook in hooks: hook.remove()
     return [F.adaptive_avg_pool2d(h, 4).flatten(1).float() for h in states]
 
-# %% ../nbs/14_contrast.ipynb #dac6836d
+# %% ../nbs/14_contrast.ipynb #0d2c2e4b
 class DrPO(Baseline):
     "Drift preference optimisation (nbs/methods.ipynb, 4.4)."
     Options = ContrastOptions
     on_policy = True
+    whole_visits = True
     def __init__(self, task: Task):
         o, n = task.options, task.num_steps
         if o.group_size < 2:

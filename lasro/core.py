@@ -69,7 +69,7 @@ class Profile:
     generator_steps: int = 4    # K1, generator updates per round
     surrogate_steps: int = 12   # K2, surrogate updates per round
     collect_prompts: int = 36   # prompts that are sampled and labelled anew per round
-    batch_size: int = 64        # samples per generator update
+    batch_size: int = 32        # samples per generator update
     probe_prompts: int = 256    # training prompts behind the learning curve
     eval_prompts: int = 256     # test prompts, half seen and half held-out combinations
     eval_noises: int = 8        # samples per test prompt, for FID and diversity

@@ -18,10 +18,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from fastcore.basics import patch
 
-from .baselines import GORS, RLCM, RLCMDropped
+from .baselines import RLCM, RLCMDropped
 from .contrast import DrPO, NFT
 from .core import check_writable, environment, generator, is_finished
 from .core import load_json, save_json, show_images
+from .gors import GORS
 from .guided import Direct, RewardGuided
 from .lasro import LaSRO
 from .models import adapter_layers, adapters_off, encode_prompts, latent_shape

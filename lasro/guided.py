@@ -158,7 +158,7 @@ def _accuracy(self: RewardGuided, new: dict # of `collect_sets`
     rewards = new['rewards'].flatten()
     return self.proxy(rank_accuracy, self.proxy.network, latents, cond, rewards, group)
 
-# %% ../nbs/14_guided.ipynb #36ccbb2e
+# %% ../nbs/14_guided.ipynb #95abca11
 @patch
 def collect_batch(self: RewardGuided, j: int) -> dict: # numbers to log
     "Collect as many sets as the calls so far allow, then train the proxy."
@@ -166,14 +166,13 @@ def collect_batch(self: RewardGuided, j: int) -> dict: # numbers to log
     m = self._n_sets(j)
     if not m: return {}
     new = self.collect_sets(j, m)
-    known = self.task.known(new['rewards'])
-    new = {name: x[known] for name, x in new.items()}
+    new, skipped = self.task.leave_out(new)
     accuracy = self._accuracy(new)
     self.remember(new, o.buffer//4)
     losses = self.train_proxy(j, o.surrogate_steps if j else o.pretrain_steps)
     r = new['rewards']
     row = dict(reward=float(r[:, 3].mean()), reward_one_step=float(r[:, 0].mean()))
-    if self.task.reward.on_nan == 'skip': row['skipped'] = m-len(r)
+    row |= skipped
     return row | dict(rank_accuracy=accuracy, proxy_loss=sum(losses)/max(1, len(losses)))
 
 # %% ../nbs/14_guided.ipynb #0649c5b7

@@ -72,7 +72,7 @@ class Options:
     n_noises: int = option(2, 1)              # N_s, initial noises per prompt and visit; stated: 6,
                                               # and 1 for ImageReward
     # the generator
-    batch_size: int = option(64, 1)           # samples per generator update
+    batch_size: int = option(32, 1)           # samples per generator update
     lr: float = option(1e-4, 0., 1.)          # learning rate
     warmup: int = option(8, 0)                # updates in which the learning rate rises
     max_norm: float = option(1., 0.)          # of the clipped gradient
@@ -83,7 +83,7 @@ class Options:
     c1: float = option(.02, 0.)               # weight of the reward after each step but the last
     c2: float = option(.2, 0.)                # weight of the reward after the last step
     s_form: str = option('a', choices=('a', 'b', 'none')) # form of the score normaliser S
-    lcm_batch: int = option(48, 1)            # samples in the LCM loss
+    lcm_batch: int = option(24, 1)            # samples in the LCM loss
     # the surrogate
     backbone: str = option('unet-whole', choices=BACKBONES) # stated: 'unet', the down half
     surrogate_lr: float = option(5e-4, 0., 1.)

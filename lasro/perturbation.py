@@ -42,11 +42,12 @@ def perturb(
     "Rotate noise towards another one by the size `sigma`."
     return (1-sigma**2)**.5*noise + sigma*delta
 
-# %% ../nbs/14_perturbation.ipynb #1d454480
+# %% ../nbs/14_perturbation.ipynb #c473a34c
 class Perturbed(Baseline):
     "An arm whose visits hold samples of perturbed noise."
     Options = PerturbationOptions
     on_policy = True
+    whole_visits = True
     def __init__(self, task: Task):
         if task.options.group_size < 2:
             name = type(self).__name__
@@ -194,13 +195,15 @@ def draw_visits(self: NeighborGRPO, j: int) -> tuple[torch.Tensor, torch.Tensor,
     noise = perturb(noise.repeat_interleave(n, 0), delta, sigma)
     return prompt, noise, perturb(injected.repeat_interleave(n, 1), injected_delta, sigma)
 
-# %% ../nbs/14_perturbation.ipynb #7352d8ab
+# %% ../nbs/14_perturbation.ipynb #59e0f14b
 @patch
 def store(self: NeighborGRPO, found: dict, j: int):
     "Keep candidates, the old policy, and what the model before the run makes of the anchors."
     o, visits = self.options, self.by_visit(found)
     prompt, rewards = visits['prompt'][:, 0], visits['rewards']
+    kept = found['order'].sort().values[::o.n_noises]//o.n_noises # visits with all rewards
     noise, injected = self.centres(j)
+    noise, injected = noise[kept], injected[:, kept]
     old = sample_all(self, None, prompt, noise, injected)[:, -1]
     candidates = visits['denoised'][:, :, -1]
     log_probs = neighbour_log_probs(candidates, old, o.grpo_tau)

@@ -402,11 +402,29 @@ def label_steps(
     self.agree(error)
     return scored
 
-# %% ../nbs/09_task.ipynb #402cb44a
+# %% ../nbs/09_task.ipynb #e54afdc1
 @patch
-def known(self: Task, rewards: torch.Tensor # (N, steps)
-         ) -> torch.Tensor: # (N,) bool
+def known(
+    self: Task,
+    rewards: torch.Tensor,              # (N, steps)
+    groups: torch.Tensor | None = None  # (G, n) rows that are used together or not at all
+) -> torch.Tensor: # (N,) bool
     "Return which samples have all their rewards. Raises RewardError if none has."
     known = rewards.isfinite().all(1)
+    if groups is not None: known[groups[~known[groups].all(1)]] = False
     if known.any(): return known
     raise RewardError(f'reward {self.reward.name!r} returned nan in each of {len(known)} samples')
+
+# %% ../nbs/09_task.ipynb #067873fb
+@patch
+def leave_out(
+    self: Task,
+    found: dict,  # name: rows; of `rewards` nan is none
+    visit: int = 1 # samples that count together or not at all; `order` tells which
+) -> tuple[dict, dict]: # the rows that have rewards; how many have none
+    "Leave out the samples that have no reward."
+    if self.reward.on_nan == 'raise': return found, {}
+    n = len(found['rewards'])
+    visits = found['order'].argsort().view(-1, visit) if visit > 1 else None
+    known = self.known(found['rewards'].view(n, -1), visits)
+    return {name: x[known] for name, x in found.items()}, dict(skipped=n-int(known.sum()))
