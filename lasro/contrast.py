@@ -6,13 +6,14 @@
 __all__ = ['ContrastOptions', 'sample_all', 'told_apart', 'good_probability', 'nft_loss', 'NFT', 'drift', 'total_drift',
            'drpo_loss', 'teacher_features', 'DrPO']
 
-# %% ../nbs/14_contrast.ipynb #7545b583
+# %% ../nbs/14_contrast.ipynb #9b10e12d
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from torch.distributed.fsdp import FSDPModule
 
 from .baselines import Baseline, BaselineOptions
 from .core import randn
@@ -88,7 +89,7 @@ def nft_loss(
     good, bad = _weighted_error(x_old+change-z), _weighted_error(x_old-change-z)
     return q*good + (1-q)*bad
 
-# %% ../nbs/14_contrast.ipynb #512789bb
+# %% ../nbs/14_contrast.ipynb #1006af81
 class NFT(Baseline):
     "DiffusionNFT (nbs/methods.ipynb, 4.3)."
     Options = ContrastOptions
@@ -98,21 +99,22 @@ class NFT(Baseline):
         super().__init__(task)
         self.average = {name: p.detach().clone() for name, p in self.trained().items()}
     def trained(self) -> dict: # name: trained weights
+        prepared = self.generator.prepared
+        if isinstance(prepared, FSDPModule): prepared.reshard() # a forward pass leaves them whole
         weights = self.generator.network.named_parameters()
         return {name: p for name, p in weights if p.requires_grad}
 
-# %% ../nbs/14_contrast.ipynb #de12486a
+# %% ../nbs/14_contrast.ipynb #d36ffece
 @patch
 @contextmanager
 def behaviour(self: NFT):
     "Put the moving average in the place of the trained weights, without gradient."
-    trained = self.trained()
-    now = {name: p.detach().clone() for name, p in trained.items()}
+    now = {name: p.detach().clone() for name, p in self.trained().items()}
     with torch.no_grad():
-        for name, p in trained.items(): p.copy_(self.average[name])
+        for name, p in self.trained().items(): p.copy_(self.average[name])
         try: yield
         finally:
-            for name, p in trained.items(): p.copy_(now[name])
+            for name, p in self.trained().items(): p.copy_(now[name])
 
 # %% ../nbs/14_contrast.ipynb #bcb352d7
 @patch
