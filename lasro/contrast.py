@@ -6,13 +6,14 @@
 __all__ = ['ContrastOptions', 'sample_all', 'told_apart', 'good_probability', 'nft_loss', 'NFT', 'drift', 'total_drift',
            'drpo_loss', 'teacher_features', 'DrPO']
 
-# %% ../nbs/14_contrast.ipynb #7545b583
+# %% ../nbs/14_contrast.ipynb #9b10e12d
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from torch.distributed.fsdp import FSDPModule
 
 from .baselines import Baseline, BaselineOptions
 from .core import randn
@@ -88,7 +89,7 @@ def nft_loss(
     good, bad = _weighted_error(x_old+change-z), _weighted_error(x_old-change-z)
     return q*good + (1-q)*bad
 
-# %% ../nbs/14_contrast.ipynb #948d8cb7
+# %% ../nbs/14_contrast.ipynb #ceb399ca
 class NFT(Baseline):
     "DiffusionNFT (nbs/methods.ipynb, 4.3)."
     Options = ContrastOptions
@@ -99,21 +100,22 @@ class NFT(Baseline):
         super().__init__(task)
         self.average = {name: p.detach().clone() for name, p in self.trained().items()}
     def trained(self) -> dict: # name: trained weights
+        prepared = self.generator.prepared
+        if isinstance(prepared, FSDPModule): prepared.reshard() # a forward pass leaves them whole
         weights = self.generator.network.named_parameters()
         return {name: p for name, p in weights if p.requires_grad}
 
-# %% ../nbs/14_contrast.ipynb #de12486a
+# %% ../nbs/14_contrast.ipynb #d36ffece
 @patch
 @contextmanager
 def behaviour(self: NFT):
     "Put the moving average in the place of the trained weights, without gradient."
-    trained = self.trained()
-    now = {name: p.detach().clone() for name, p in trained.items()}
+    now = {name: p.detach().clone() for name, p in self.trained().items()}
     with torch.no_grad():
-        for name, p in trained.items(): p.copy_(self.average[name])
+        for name, p in self.trained().items(): p.copy_(self.average[name])
         try: yield
         finally:
-            for name, p in trained.items(): p.copy_(now[name])
+            for name, p in self.trained().items(): p.copy_(now[name])
 
 # %% ../nbs/14_contrast.ipynb #bcb352d7
 @patch
@@ -303,7 +305,7 @@ def teacher_features(
         for hook in hooks: hook.remove()
     return [F.adaptive_avg_pool2d(h, 4).flatten(1).float() for h in states]
 
-# %% ../nbs/14_contrast.ipynb #0d2c2e4b
+# %% ../nbs/14_contrast.ipynb #e15ea5f2
 class DrPO(Baseline):
     "Drift preference optimisation (nbs/methods.ipynb, 4.4)."
     Options = ContrastOptions
@@ -328,7 +330,7 @@ def store(self: DrPO, found: dict, j: int):
     latents = visits['denoised'][rows[:, None], order]
     self.batch = dict(latents=latents, prompt=visits['prompt'][rows, 0])
 
-# %% ../nbs/14_contrast.ipynb #4f01ca1b
+# %% ../nbs/14_contrast.ipynb #0e0d556b
 @patch
 def draw_rows(self: DrPO, k: int, i: int) -> dict | None:
     "Draw visits and fresh noise for update i of round k, and sample the model before the run."
@@ -379,7 +381,7 @@ def step_losses(
         losses.append(drpo_loss(x, *sides, earlier, o.drpo_weight, o.drpo_reference))
     return torch.stack(losses).mean(0)
 
-# %% ../nbs/14_contrast.ipynb #7c98faba
+# %% ../nbs/14_contrast.ipynb #b8ee5b17
 @patch
 def reward_loss(
     self: DrPO,

@@ -201,7 +201,7 @@ def store(self: NeighborGRPO, found: dict, j: int):
     "Keep candidates, the old policy, and what the model before the run makes of the anchors."
     o, visits = self.options, self.by_visit(found)
     prompt, rewards = visits['prompt'][:, 0], visits['rewards']
-    kept = found['order'].sort().values[::o.n_noises]//o.n_noises # visits with all rewards
+    kept = found['order'].sort().values[::o.group_size]//o.group_size # visits with all rewards
     noise, injected = self.centres(j)
     noise, injected = noise[kept], injected[:, kept]
     old = sample_all(self, None, prompt, noise, injected)[:, -1]

@@ -36,7 +36,7 @@ def run(processes: int, arm: str, kind: str = 'ddp', out='none', **options) -> l
 
 def assert_same_curve(a: list[dict], b: list[dict]):
     "Losses within 1e-5, gradient norms within 1e-4 of their size."
-    assert len(a) == len(b) == 6
+    assert len(a) == len(b) > 1
     for x, y in zip(a, b):
         for key in LOSSES:
             if x.get(key) is None: continue
@@ -52,6 +52,12 @@ def test_two_processes_are_one(arm, accumulation):
     one = run(1, arm, micro_groups=2*accumulation)
     assert_same_curve(one, run(2, arm, micro_groups=2*accumulation))
     assert_same_curve(one, run(2, arm, 'fsdp', micro_groups=2*accumulation))
+
+
+@pytest.mark.parametrize('arm, kind', [('fdfo', 'ddp'), ('neighbor_grpo', 'ddp'), ('nft', 'ddp'), ('nft', 'fsdp'), ('drpo', 'ddp')])
+def test_two_processes_make_the_same_first_update(arm, kind):
+    "Later ones differ more than above: a ratio or a softmax over small distances magnifies what rounding has left."
+    assert_same_curve(run(1, arm, micro_groups=2, outer_steps=1), run(2, arm, kind, micro_groups=2, outer_steps=1))
 
 
 def test_the_curve_is_sensitive_to_the_batch():
