@@ -61,10 +61,11 @@ class FewStep:
         dtype = self.teacher.dtype if self.half else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.half)
 
-# %% ../../nbs/sdxl/00_loading.ipynb #edaf0f40
+# %% ../../nbs/sdxl/00_loading.ipynb #6b563f55
 _DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32)
 PRECISIONS = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'no'} # accelerate's names
 
+# %% ../../nbs/sdxl/00_loading.ipynb #520ab7ff
 def _default_dtype(device: torch.device) -> str:
     "Return the dtype that suits a device."
     if device.type != 'cuda':
@@ -84,7 +85,7 @@ def weights_dtype(name: str = '', # of `_DTYPES`; '' lets the device choose
     require(not whole, 'dtype float32 on a GPU: choose bfloat16 or float16')
     return _DTYPES[name]
 
-# %% ../../nbs/sdxl/00_loading.ipynb #a3db0161
+# %% ../../nbs/sdxl/00_loading.ipynb #bedbbc5a
 def free_memory(device) -> float: # GB of 2^30 bytes; infinite on a CPU
     "Return the memory that a device has free for this process."
     if torch.device(device).type != 'cuda':
@@ -92,6 +93,7 @@ def free_memory(device) -> float: # GB of 2^30 bytes; infinite on a CPU
     free, _ = torch.cuda.mem_get_info(device)
     return (free+torch.cuda.memory_reserved(device))/2**30
 
+# %% ../../nbs/sdxl/00_loading.ipynb #75a30d52
 def _weights_gb(*networks: nn.Module) -> float: # GB of 2^30 bytes
     "Return the size of the weights of some networks; what two of them share counts once."
     parameters = {id(p): p for network in networks for p in network.parameters()}
