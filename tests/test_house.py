@@ -16,7 +16,7 @@ from conftest import NOTEBOOKS, ROOT
 CELLS = {p.relative_to(ROOT/'nbs').as_posix(): json.loads(p.read_text())['cells'] for p in NOTEBOOKS}
 CODE = {name: [c for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()] for name, cells in CELLS.items()}
 RUNNABLE = [name for name in CODE if name.startswith(('experiments/', 'paper/'))]
-MODULES = {p.relative_to(ROOT/'lasro').with_suffix('').as_posix(): p for p in (ROOT/'lasro').rglob('*.py') if p.name not in ('_modidx.py', '__init__.py')}
+MODULES = {p.relative_to(ROOT/'lasro').with_suffix('').as_posix(): p for p in (ROOT/'lasro').rglob('*.py') if p.name not in ('_modidx.py', '__init__.py', '__main__.py')}
 
 
 def source(cell) -> str: return ''.join(cell['source'])

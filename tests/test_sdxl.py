@@ -106,7 +106,10 @@ def test_parquet_reads_only_the_column_of_prompts(tmp_path, monkeypatch):
     from lasro.sdxl.prompts import read_prompt_set
     pd.DataFrame(dict(caption=['a red ring'], jpg_0=[b'x'*1000])).to_parquet(tmp_path/'shard.parquet')
     read, asked = pd.read_parquet, []
-    monkeypatch.setattr(pd, 'read_parquet', lambda path, columns=None: asked.append(columns) or read(path, columns=columns))
+    def noted(path, columns=None):
+        asked.append(columns)
+        return read(path, columns=columns)
+    monkeypatch.setattr(pd, 'read_parquet', noted)
     assert read_prompt_set(tmp_path/'shard.parquet') == ['a red ring'] and asked == [['caption']]
 
 
@@ -188,9 +191,10 @@ def test_the_small_recipe_does_the_whole_way(tmp_path):
     found = python('-m', 'lasro', 'run', ROOT/'recipes'/'small.yaml', '-p', 'OUT', out)
     assert found.returncode == 0, found.stderr[-2000:]
     files = {p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file()}
-    lora = {'README.md', 'grid.png', 'lora_comfyui_a1111.safetensors', 'pytorch_lora_weights.safetensors'}
+    lora = {'README.md', 'grid.png', 'lora_comfyui_a1111.safetensors'} | {'pytorch_lora_weights.safetensors'}
     assert {f'lora/{name}' for name in lora} <= files
-    assert {'run.json', 'metrics.csv', 'eval.csv.gz', 'eval_table.csv', 'snapshots/best.json', 'snapshots/step-00001/grid.png'} <= files
+    assert {'run.json', 'metrics.csv', 'eval.csv.gz', 'eval_table.csv'} <= files
+    assert {'snapshots/best.json', 'snapshots/step-00001/grid.png'} <= files
     assert any('events.out.tfevents' in name for name in files)
     table = pd.read_csv(out/'eval_table.csv').set_index('measure')
     assert {'compressibility', 'clip_score', 'diversity', 'distance_to_base'} <= set(table.index)
@@ -199,7 +203,10 @@ def test_the_small_recipe_does_the_whole_way(tmp_path):
     assert again.returncode == 1 and 'holds a finished run' in again.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize('name, value, message', [('MODEL', 'hyper-sd', 'refused'), ('REWRAD', 'x', 'unknown parameter'), ('PROMPTS', 'no.txt', 'no prompt file')])
+WRONG = [('MODEL', 'hyper-sd', 'refused'), ('REWRAD', 'x', 'unknown parameter'), ('PROMPTS', 'no.txt', 'no prompt file')]
+
+
+@pytest.mark.parametrize('name, value, message', WRONG)
 def test_what_is_wrong_with_a_recipe_is_one_line(name, value, message):
     found = python('-m', 'lasro', 'run', ROOT/'recipes'/'small.yaml', '-p', name, value)
     assert found.returncode == 1 and len(found.stderr.strip().splitlines()) == 1 and message in found.stderr
@@ -222,8 +229,15 @@ def test_signs_of_hacking_exist_at_size(tmp_path):
 
 # forms: a single file, DMD2's timesteps
 
-RENAMED = {'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2', 'add_embedding.linear_1': 'label_emb.0.0',
-           'add_embedding.linear_2': 'label_emb.0.2', 'conv_in': 'input_blocks.0.0', 'conv_norm_out': 'out.0', 'conv_out': 'out.2'}
+RENAMED = {
+    'time_embedding.linear_1': 'time_embed.0',
+    'time_embedding.linear_2': 'time_embed.2',
+    'add_embedding.linear_1': 'label_emb.0.0',
+    'add_embedding.linear_2': 'label_emb.0.2',
+    'conv_in': 'input_blocks.0.0',
+    'conv_norm_out': 'out.0',
+    'conv_out': 'out.2',
+}
 
 
 def single_file_name(name: str) -> str:
