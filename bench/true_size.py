@@ -28,8 +28,9 @@ from lasro.models import Conditioning
 from lasro.sdxl.passes import MemorySetting, ModelShape, build_networks, random_inputs
 from lasro.sdxl.rewards import clip_inputs
 
-VIT_H = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024)
-VIT_SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=56, projection_dim=16)
+NAMES = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'patch_size', 'projection_dim')
+VIT_H = dict(zip(NAMES, (1280, 5120, 32, 16, 14, 1024)))
+VIT_SMALL = dict(zip(NAMES, (32, 64, 1, 2, 56, 16)))
 
 
 def release():
@@ -84,7 +85,8 @@ def pixel_gradient(vae, tower, latents: torch.Tensor, dtype):
 
 def passes(shape: ModelShape, args, device: torch.device, dtype: torch.dtype) -> tuple[dict, dict]:
     "Build both sides; return name: pass, and name: parameters."
-    setting = MemorySetting(lora_rank=4 if args.small else 64, surrogate_rank=4 if args.small else 32, gradient_checkpointing=False)
+    ranks = dict(lora_rank=4, surrogate_rank=4) if args.small else {}
+    setting = MemorySetting(gradient_checkpointing=False, **ranks)
     student, surrogate, vae = build_networks(shape, setting, dtype)
     cond, latents = random_inputs(student, vae, args.batch)
     cond.guidance = None # the teacher embeds none
@@ -93,7 +95,8 @@ def passes(shape: ModelShape, args, device: torch.device, dtype: torch.dtype) ->
     with torch.device(device): # built as a run has it: in the dtype of the frozen weights
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=224, **VIT_SMALL if args.small else VIT_H))
+        config = CLIPVisionConfig(image_size=224, **VIT_SMALL if args.small else VIT_H)
+        tower = CLIPVisionModelWithProjection(config)
         torch.set_default_dtype(before)
     for network in (surrogate, vae, tower): network.to(device).eval().requires_grad_(False)
     z = latents[0].to(device)

@@ -116,9 +116,10 @@ def _run(what: Path, out: Path | None, parameters: dict):
         raise ValueError(f'{what} is neither a recipe (.yaml) nor a notebook (.ipynb)')
     run_notebook(what, out or Path(f'{what.stem}-executed.ipynb'), parameters)
 
-# %% ../nbs/20_command.ipynb #0755b4b6
+# %% ../nbs/20_command.ipynb #b40e237e
 _MENDABLE = ValueError, OSError, MemoryError, ImportError, FloatingPointError
 
+# %% ../nbs/20_command.ipynb #fcf29fff
 def _one_line(what: Path, out: Path | None, e: Exception) -> str:
     "Return an error in one line."
     name = getattr(e, 'ename', None)

@@ -15,7 +15,7 @@ from conftest import NOTEBOOKS, ROOT
 
 CELLS = {p.relative_to(ROOT/'nbs').as_posix(): json.loads(p.read_text())['cells'] for p in NOTEBOOKS}
 PACKAGE = ROOT/'lasro'
-FILES = [p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py')]
+FILES = [p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py', '__main__.py')]
 MODULES = {p.relative_to(PACKAGE).with_suffix('').as_posix(): p for p in FILES}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, python
+from safetensors.torch import save_file
 from torch import nn
 
 from lasro.core import generator, load_json
@@ -105,7 +106,10 @@ def test_parquet_reads_only_the_column_of_prompts(tmp_path, monkeypatch):
     from lasro.sdxl.prompts import read_prompt_set
     pd.DataFrame(dict(caption=['a red ring'], jpg_0=[b'x'*1000])).to_parquet(tmp_path/'shard.parquet')
     read, asked = pd.read_parquet, []
-    monkeypatch.setattr(pd, 'read_parquet', lambda path, columns=None: asked.append(columns) or read(path, columns=columns))
+    def noted(path, columns=None):
+        asked.append(columns)
+        return read(path, columns=columns)
+    monkeypatch.setattr(pd, 'read_parquet', noted)
     assert read_prompt_set(tmp_path/'shard.parquet') == ['a red ring'] and asked == [['caption']]
 
 
@@ -187,9 +191,10 @@ def test_the_small_recipe_does_the_whole_way(tmp_path):
     found = python('-m', 'lasro', 'run', ROOT/'recipes'/'small.yaml', '-p', 'OUT', out)
     assert found.returncode == 0, found.stderr[-2000:]
     files = {p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file()}
-    lora = {'README.md', 'grid.png', 'lora_comfyui_a1111.safetensors', 'pytorch_lora_weights.safetensors'}
+    lora = {'README.md', 'grid.png', 'lora_comfyui_a1111.safetensors'} | {'pytorch_lora_weights.safetensors'}
     assert {f'lora/{name}' for name in lora} <= files
-    assert {'run.json', 'metrics.csv', 'eval.csv.gz', 'eval_table.csv', 'snapshots/best.json', 'snapshots/step-00001/grid.png'} <= files
+    assert {'run.json', 'metrics.csv', 'eval.csv.gz', 'eval_table.csv'} <= files
+    assert {'snapshots/best.json', 'snapshots/step-00001/grid.png'} <= files
     assert any('events.out.tfevents' in name for name in files)
     table = pd.read_csv(out/'eval_table.csv').set_index('measure')
     assert {'compressibility', 'clip_score', 'diversity', 'distance_to_base'} <= set(table.index)
@@ -198,7 +203,10 @@ def test_the_small_recipe_does_the_whole_way(tmp_path):
     assert again.returncode == 1 and 'holds a finished run' in again.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize('name, value, message', [('MODEL', 'hyper-sd', 'refused'), ('REWRAD', 'x', 'unknown parameter'), ('PROMPTS', 'no.txt', 'no prompt file')])
+WRONG = [('MODEL', 'hyper-sd', 'refused'), ('REWRAD', 'x', 'unknown parameter'), ('PROMPTS', 'no.txt', 'no prompt file')]
+
+
+@pytest.mark.parametrize('name, value, message', WRONG)
 def test_what_is_wrong_with_a_recipe_is_one_line(name, value, message):
     found = python('-m', 'lasro', 'run', ROOT/'recipes'/'small.yaml', '-p', name, value)
     assert found.returncode == 1 and len(found.stderr.strip().splitlines()) == 1 and message in found.stderr
@@ -217,3 +225,71 @@ def test_signs_of_hacking_exist_at_size(tmp_path):
     ready = prepare(make_config(**given))
     run = finetune(**ready.arguments)
     assert {'probe_held_out', 'probe_fid', 'diversity'} <= set(run.metrics.columns)
+
+
+# forms: a single file, DMD2's timesteps
+
+RENAMED = {
+    'time_embedding.linear_1': 'time_embed.0',
+    'time_embedding.linear_2': 'time_embed.2',
+    'add_embedding.linear_1': 'label_emb.0.0',
+    'add_embedding.linear_2': 'label_emb.0.2',
+    'conv_in': 'input_blocks.0.0',
+    'conv_norm_out': 'out.0',
+    'conv_out': 'out.2',
+}
+
+
+def single_file_name(name: str) -> str:
+    "The name of a weight of a UNet in a file of Stability's format."
+    from lasro.sdxl.export import _ldm_block, _ldm_name
+    layer, _, kind = name.rpartition('.')
+    if layer in RENAMED: return f'model.diffusion_model.{RENAMED[layer]}.{kind}'
+    for norm, other in (('.norm1', '.in_layers.0'), ('.norm2', '.out_layers.0')):
+        if '.resnets.' in layer and layer.endswith(norm):
+            section, *rest = layer.split('.')
+            level = 0 if section == 'mid_block' else int(rest.pop(0))
+            return f'model.diffusion_model.{_ldm_block(section, level, rest[0], int(rest[1]))}{other}.{kind}'
+    return f'model.diffusion_model.{_ldm_name(layer)}.{kind}'
+
+
+def test_a_community_checkpoint_is_one_file(tmp_path):
+    "The UNet is read from the file, the configuration from the published base; the other networks are given here."
+    from diffusers import StableDiffusionXLPipeline
+    from lasro.sdxl import parts
+    from lasro.sdxl.sources import model_source, small_source
+    published = small_source('lcm-lora-sdxl', tmp_path/'small')
+    pipe = StableDiffusionXLPipeline.from_pretrained(published.base, add_watermarker=False)
+    for p in pipe.unet.parameters(): nn.init.normal_(p, std=.02)
+    weights = {single_file_name(name): w.contiguous() for name, w in pipe.unet.state_dict().items()}
+    save_file(weights, tmp_path/'community.safetensors')
+    source = model_source('lcm-lora-sdxl', base=str(tmp_path/'community.safetensors'), config=published.base)
+    given = {name: getattr(pipe, name) for name in ('vae', 'text_encoder', 'text_encoder_2')}
+    loaded = parts._load_single_file(source, torch.float32, add_watermarker=False, **given)
+    for name, w in loaded.unet.state_dict().items(): assert torch.equal(w, pipe.unet.state_dict()[name]), name
+
+
+def test_dmd2_samples_as_the_scheduler_does(tmp_path):
+    "Four steps at DMD2's own timesteps, against diffusers' LCM scheduler with the same noise."
+    from diffusers import LCMScheduler
+    from lasro.models import predict_noise
+    from lasro.sampling import sample
+    from lasro.sdxl.loading import load_few_step
+    from lasro.sdxl.passes import random_inputs
+    from lasro.sdxl.sources import small_source
+    model = load_few_step(small_source('dmd2-sdxl', tmp_path))
+    cond, noise = random_inputs(model.pipe.unet, model.pipe.vae, 1, draws=4)
+    with torch.no_grad():
+        found = sample(model.pipe, cond, noise[0], noise[1:], 4)
+        assert found.timesteps == [999, 749, 499, 249]
+        scheduler = LCMScheduler.from_config(model.pipe.scheduler.config)
+        scheduler.set_timesteps(timesteps=found.timesteps)
+        x = noise[0]
+        for i, t in enumerate(scheduler.timesteps):
+            predicted = predict_noise(model.pipe.unet, x, t, cond)
+            out = scheduler.step(predicted, t, x, generator=torch.Generator())
+            z = out.denoised
+            if i < 3:
+                alpha = scheduler.alphas_cumprod[scheduler.timesteps[i+1]]
+                x = alpha.sqrt()*z + (1-alpha).sqrt()*noise[i+1]
+            assert (z-found.denoised[i]).abs().max() < 1e-3

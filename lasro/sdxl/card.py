@@ -174,13 +174,14 @@ trained on, and at the diversity. The intervals are over prompts, of one trainin
 {parameters}
 """
 
-# %% ../../nbs/sdxl/05_card.ipynb #ea033164
+# %% ../../nbs/sdxl/05_card.ipynb #ee7051df
 def _as_cell(value) -> str:
     "Format a number with four digits; empty where there is none."
     if isinstance(value, float):
         return '' if value != value else f'{value:.4g}'
     return str(value)
 
+# %% ../../nbs/sdxl/05_card.ipynb #56c76c65
 def markdown_table(table: pd.DataFrame) -> str:
     "Return a table in Markdown."
     rows = [[_as_cell(value) for value in row] for row in table.itertuples(index=False)]

@@ -79,9 +79,10 @@ def _repr_markdown_(self: SDXLConfig) -> str:
             rows.append(f'| {f.name} | {value!r} |')
     return '\n'.join(['| field | value |', '|---|---|', *rows])
 
-# %% ../../nbs/sdxl/05_config.ipynb #66ecb576
+# %% ../../nbs/sdxl/05_config.ipynb #f1ca7ae9
 _DICTS = 'reward_options', 'held_out_options', 'overrides'
 
+# %% ../../nbs/sdxl/05_config.ipynb #ed7da271
 @patch
 def _read_json(self: SDXLConfig):
     "Replace JSON by what it says; raises ValueError if it is not a JSON object."
@@ -166,11 +167,12 @@ MODEL_OPTIONS = { # what a model needs beyond `SDXL_OPTIONS`
     'dmd2-sdxl': ANCHORED,
 }
 
-# %% ../../nbs/sdxl/05_config.ipynb #6da94878
+# %% ../../nbs/sdxl/05_config.ipynb #0a8b333d
 def _processes() -> int:
     "Return how many processes this run has."
     return int(os.environ.get('WORLD_SIZE', 1))
 
+# %% ../../nbs/sdxl/05_config.ipynb #e7e45464
 def memory_options(setting: MemorySetting,
                    batch_size: int = 16 # of the run; the profile's unless you changed it
                   ) -> dict:
@@ -262,13 +264,14 @@ def make_config(**parameters # fields of `SDXLConfig`, in capital or small lette
             raise ValueError(f"unknown parameter {name}: choose from {', '.join(names)}")
     return SDXLConfig(**given)
 
-# %% ../../nbs/sdxl/05_config.ipynb #0e6c7816
+# %% ../../nbs/sdxl/05_config.ipynb #4628532f
 KEPT_FILE = 'config.json'
 _MAY_CHANGE = (
     'device', 'card_gb', 'reward_device', 'out', 'force', 'log_with', 'push_to_hub', 'overrides',
     'test_prompts', 'test_noises', 'reference', 'inception',
 )
 
+# %% ../../nbs/sdxl/05_config.ipynb #f7a66dac
 @patch
 def keep(self: SDXLConfig):
     "Write the configuration into the folder of the run, if it has one."

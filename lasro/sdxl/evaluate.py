@@ -160,9 +160,10 @@ def judge_model(model: FewStep,
     table.insert(1, 'num_steps', setting.num_steps)
     return table.sort_values(['model', 'prompt', 'noise'], ignore_index=True)
 
-# %% ../../nbs/sdxl/04_evaluate.ipynb #fe9c254c
+# %% ../../nbs/sdxl/04_evaluate.ipynb #e7f27675
 KEYS_OF_PICTURE = 'model', 'num_steps', 'prompt', 'noise'
 
+# %% ../../nbs/sdxl/04_evaluate.ipynb #29a66020
 def _by_prompt(scores: pd.DataFrame, kind: str, measure: str) -> np.ndarray: # (prompts,)
     "Return a measure's mean for each prompt; empty if it was not measured."
     found = scores[scores.model == kind].groupby('prompt')[measure].mean()
@@ -180,9 +181,10 @@ def _row(scores: pd.DataFrame, measure: str) -> dict:
     found = paired_difference(tuned, base)
     return row | dict(difference=found.mean, ci_low=found.ci_low, ci_high=found.ci_high, p=found.p)
 
-# %% ../../nbs/sdxl/04_evaluate.ipynb #ff87c6f6
+# %% ../../nbs/sdxl/04_evaluate.ipynb #e63d7b84
 _COLUMNS = ['measure', 'base', 'tuned', 'difference', 'ci_low', 'ci_high', 'p', 'prompts']
 
+# %% ../../nbs/sdxl/04_evaluate.ipynb #d06d1e5c
 def judgement_table(scores: pd.DataFrame,         # of `judge_model`
                     distances: list[dict] | None = None # of `reference_distances`
                    ) -> pd.DataFrame: # a row per measure

@@ -117,9 +117,10 @@ def export_factors(model: FewStep) -> dict[str, tuple]: # layer: (down, up)
         return tuned
     return _join_factors(_file_factors(model.source, model.pipe.unet), tuned)
 
-# %% ../../nbs/sdxl/04_export.ipynb #06aa4953
+# %% ../../nbs/sdxl/04_export.ipynb #ebd33bb9
 _SLOTS = dict(resnets=0, attentions=1, upsamplers=2)
 
+# %% ../../nbs/sdxl/04_export.ipynb #cf876a8a
 def _ldm_block(section: str, level: int, kind: str, index: int) -> str:
     "Return Stability's name of a block, e.g. 'input_blocks.4.1'."
     if section == 'mid_block':

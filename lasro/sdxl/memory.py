@@ -127,7 +127,7 @@ def pass_cost(
 OVERHEAD_GB = 1.5 # CUDA's own and fragments; assumed
 MARGIN = .05      # share of a card that a plan leaves free; not stated, we chose
 
-# %% ../../nbs/sdxl/03_memory.ipynb #ab497046
+# %% ../../nbs/sdxl/03_memory.ipynb #5a0c4e2c
 @dataclass(frozen=True)
 class RunSizes:
     "Say how much a run keeps on the card beside its networks."
@@ -136,12 +136,13 @@ class RunSizes:
     buffer: int = 2048     # latents in the replay buffer
     samples: int = 768     # sampled and labelled at once; each has noise and latents
     group_rows: int = 6    # latents in one micro-group of a surrogate step
-    reward_gb: float = 0.  # the reward's networks, if they are on this card
+    reward_gb: float = 2.  # networks that score and compare pictures; assumed until they are loaded
     reward_copies: int = 1 # of these networks: each process of a launch loads its own
 
-# %% ../../nbs/sdxl/03_memory.ipynb #7bbf37c2
+# %% ../../nbs/sdxl/03_memory.ipynb #6e76880a
 FROZEN_LORA_GB = .37 # the files of LCM-LoRA-SDXL and DMD2 in float16
 
+# %% ../../nbs/sdxl/03_memory.ipynb #e3d2fe1a
 @cache
 def _shared_gb(architecture: str, small: bool) -> float:
     "Return the size of a UNet's weights in half precision."
@@ -241,11 +242,12 @@ def leaner_options(options: Options) -> dict | None: # None if nothing can be ma
     same = rows == 1 and options.sample_batch == 1 and options.gradient_checkpointing
     return None if same else leaner
 
-# %% ../../nbs/sdxl/03_memory.ipynb #617c5655
+# %% ../../nbs/sdxl/03_memory.ipynb #8115a2c9
 def _collected(o: Options) -> int:
     "Return how many samples a run labels."
     return (o.pretrain_prompts+o.outer_steps*o.collect_prompts)*o.n_noises
 
+# %% ../../nbs/sdxl/03_memory.ipynb #041c0d54
 def _probed(o: Options) -> int:
     "Return how many samples the curve takes."
     return (o.outer_steps//PROBE_EVERY+2)*o.probe_prompts
@@ -270,9 +272,10 @@ def count_work(model, # as `memory_plan` takes it
     }
     return pd.Series(work)/1e15
 
-# %% ../../nbs/sdxl/03_memory.ipynb #e0e52fac
+# %% ../../nbs/sdxl/03_memory.ipynb #89885080
 _WORK = 'sampling step', 'decoding', 'surrogate step', 'generator update'
 
+# %% ../../nbs/sdxl/03_memory.ipynb #c549618c
 def hours(work: pd.Series, # of `count_work`
           tflops: float    # that a card does in a second, in practice
          ) -> float:

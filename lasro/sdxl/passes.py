@@ -331,7 +331,7 @@ def _decoder_gradient(student, surrogate, vae, rows: int = 1):
     z = latents[0].to(vae.dtype).requires_grad_()
     vae.decode(z).sample.sum().backward()
 
-# %% ../../nbs/sdxl/02_passes.ipynb #94d6ee66
+# %% ../../nbs/sdxl/02_passes.ipynb #5fe9e07b
 PASSES = {
     'generator update': _generator_update,
     'surrogate step': _surrogate_step,
@@ -341,6 +341,7 @@ PASSES = {
     'decoder gradient': _decoder_gradient,
 }
 
+# %% ../../nbs/sdxl/02_passes.ipynb #a230f732
 def count_pass(
     name: str,              # of `PASSES`
     shape: ModelShape,

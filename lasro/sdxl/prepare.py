@@ -33,7 +33,7 @@ from .rewards import load_full_reward, remote_reward
 from .sources import model_source
 from ..task import sampled_data
 
-# %% ../../nbs/sdxl/06_prepare.ipynb #14582407
+# %% ../../nbs/sdxl/06_prepare.ipynb #4875662e
 def _own_device(name: str) -> torch.device:
     "Return the device of this process; '' takes a GPU where there is one."
     device = pick_device(name or None)
@@ -42,6 +42,7 @@ def _own_device(name: str) -> torch.device:
         return torch.device('cuda', int(rank))
     return device
 
+# %% ../../nbs/sdxl/06_prepare.ipynb #0a04832e
 def is_first_process() -> bool:
     "Return whether this process writes the files."
     return os.environ.get('RANK', '0') == '0'
@@ -91,9 +92,10 @@ def _taken_gb(device) -> float: # GB of 2^30 bytes; 0 on a CPU
     free, total = torch.cuda.mem_get_info(device)
     return (total-free)/2**30
 
-# %% ../../nbs/sdxl/06_prepare.ipynb #87e8eea4
+# %% ../../nbs/sdxl/06_prepare.ipynb #4cdec091
 _PARTS = 'base', 'unet', 'lora', 'teacher', 'vae', 'resolution'
 
+# %% ../../nbs/sdxl/06_prepare.ipynb #35b8109a
 @patch
 def load_model(self: SDXLConfig, device, folder: Path # for small networks
               ) -> FewStep:

@@ -36,7 +36,7 @@ def _read_lines(path: Path) -> pd.DataFrame:
     lines = path.read_text(encoding='utf-8-sig').splitlines()
     return pd.DataFrame(dict(prompt=lines))
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #e04af0ea
+# %% ../../nbs/sdxl/02_prompts.ipynb #ceff158e
 def _read_json(path: Path) -> pd.DataFrame:
     "Read a JSON file: HPSv2."
     found = json.loads(path.read_text(encoding='utf-8-sig'))
@@ -44,22 +44,25 @@ def _read_json(path: Path) -> pd.DataFrame:
         found = dict(prompt=found)
     return pd.DataFrame(found)
 
+# %% ../../nbs/sdxl/02_prompts.ipynb #5c057f86
 def _read_json_lines(path: Path) -> pd.DataFrame:
     "Read a file with one JSON record per line."
     return pd.read_json(path, lines=True)
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #2b65cd6f
+# %% ../../nbs/sdxl/02_prompts.ipynb #1fb65a72
 def _read_csv(path: Path) -> pd.DataFrame:
     "Read a table separated by commas: DrawBench."
     return pd.read_csv(path, encoding='utf-8-sig')
 
+# %% ../../nbs/sdxl/02_prompts.ipynb #cbd6cecd
 def _read_tsv(path: Path) -> pd.DataFrame:
     "Read a table separated by tabs."
     return pd.read_csv(path, encoding='utf-8-sig', sep='\t')
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #b974e62c
+# %% ../../nbs/sdxl/02_prompts.ipynb #f79f8195
 PROMPT_COLUMNS = 'caption', 'prompt', 'prompts', 'text'
 
+# %% ../../nbs/sdxl/02_prompts.ipynb #1677a89c
 def _is_prompt_column(name) -> bool:
     "Return whether a column is called like one that holds prompts."
     return str(name).strip().lower() in PROMPT_COLUMNS
@@ -114,9 +117,10 @@ def _read_file(path: Path) -> list[str]:
     texts = table[columns[0]].dropna().astype(str)
     return _non_empty(texts, path)
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #4e9b73d1
+# %% ../../nbs/sdxl/02_prompts.ipynb #98c5fb6e
 HPS_STYLES = 'anime', 'concept-art', 'paintings', 'photo'
 
+# %% ../../nbs/sdxl/02_prompts.ipynb #c13de0c1
 def read_prompt_set(path: Path | str # a file, or the folder of HPSv2
                    ) -> list[str]:
     "Read the prompts of a set, each once."
@@ -127,9 +131,10 @@ def read_prompt_set(path: Path | str # a file, or the folder of HPSv2
         raise FileNotFoundError(f"{path} is a folder, but not HPSv2's: give a file of prompts")
     return [text for style in HPS_STYLES for text in _read_file(path/f'{style}.json')]
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #e17dce44
+# %% ../../nbs/sdxl/02_prompts.ipynb #e1aa08e1
 HUB_LIMIT = 4000 # prompts that are read of a data set; not stated, we chose
 
+# %% ../../nbs/sdxl/02_prompts.ipynb #b18cb5df
 def is_hub_prompts(where: str) -> bool:
     "Return whether `where` names a column of a data set: owner/name:column[:split]."
     return not Path(where).exists() and bool(re.fullmatch(r'[\w.-]+/[\w.-]+(:[\w.-]+){1,2}', where))
@@ -298,9 +303,10 @@ def draw_protocol(model: FewStep,
             save_picture(image, path)
     return len(missing)
 
-# %% ../../nbs/sdxl/02_prompts.ipynb #a703425f
+# %% ../../nbs/sdxl/02_prompts.ipynb #bc36e7f3
 INCEPTION_FILE = 'inception-2015-12-05.pt'
 
+# %% ../../nbs/sdxl/02_prompts.ipynb #ed337fa2
 def load_inception(folder: Path | str = '', # with the file; '' is where clean-fid keeps it
                    device='cpu'):
     "Load clean-fid's feature network; raises FileNotFoundError if its file is missing."

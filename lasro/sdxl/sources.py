@@ -18,9 +18,10 @@ from torch import nn
 from ..models import add_lora, save_lora
 from .architectures import small_pipeline, small_unet
 
-# %% ../../nbs/sdxl/00_sources.ipynb #efbb7878
+# %% ../../nbs/sdxl/00_sources.ipynb #ad98f383
 LORA_FILE = 'pytorch_lora_weights.safetensors'
 
+# %% ../../nbs/sdxl/00_sources.ipynb #3da0f1f6
 @dataclass(frozen=True)
 class ModelSource:
     "Say where the parts of a few-step model come from."
@@ -37,14 +38,16 @@ class ModelSource:
     architecture: str = 'sdxl'  # of the UNets: 'sdxl' or 'ssd-1b'
     timesteps: tuple = ()       # lists of timesteps that the student was distilled at; () is LCM's
 
-# %% ../../nbs/sdxl/00_sources.ipynb #144b4380
+# %% ../../nbs/sdxl/00_sources.ipynb #1e007936
 _PARTS = 'base', 'unet', 'lora', 'teacher', 'vae', 'config'
 
+# %% ../../nbs/sdxl/00_sources.ipynb #1a9803a7
 @patch(as_prop=True)
 def parts(self: ModelSource) -> dict[str, str]: # name of the part: hub id, folder or file
     "The parts that have to be loaded."
     return {name: getattr(self, name) for name in _PARTS if getattr(self, name)}
 
+# %% ../../nbs/sdxl/00_sources.ipynb #b749649d
 @patch(as_prop=True)
 def hub_ids(self: ModelSource) -> dict[str, str]: # name of the part: hub id
     "The parts that come from the hub, because they are not on this machine."
