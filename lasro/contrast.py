@@ -17,11 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from .baselines import Baseline, BaselineOptions
 from .core import randn
-from .models import Conditioning, Reference, adapters_off, predict_noise, shared_as
+from .models import Conditioning, adapters_off, predict_noise, shared_as
 from .options import option
 from .sampling import add_noise, denoise, lcm_timesteps, sample
 from .task import MicroGroup, Task
-from .training import Arm
+from .training import Arm, Reference
 
 # %% ../nbs/14_contrast.ipynb #e3b1629d
 @dataclass(frozen=True, repr=False)

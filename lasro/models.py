@@ -6,11 +6,11 @@
 __all__ = ['LORA_TARGETS', 'DISTILLED', 'write_manifest', 'check_manifest', 'load_pipeline', 'load_teacher', 'latent_shape',
            'save_weights', 'save_module', 'load_module', 'check_prompts', 'Conditioning', 'encode_prompts',
            'guidance_embedding', 'size_ids', 'guidance_condition', 'predict_noise', 'decode', 'encode_images',
-           'add_lora', 'adapter_layers', 'adapters_off', 'Reference', 'save_lora', 'save_checkpoint', 'load_checkpoint',
+           'add_lora', 'adapter_layers', 'adapters_off', 'save_lora', 'save_checkpoint', 'load_checkpoint',
            'training_state', 'gathered', 'shared_as', 'restore_training_state']
 
 # %% ../nbs/01_models.ipynb #d5c80f89
-import copy, hashlib, json, math, warnings
+import hashlib, json, math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -333,27 +333,6 @@ def adapters_off(unet):
     try: yield unet
     finally:
         for layer, active in before: layer._active_adapter = active
-
-# %% ../nbs/01_models.ipynb #ab3929d9
-class Reference:
-    "A network as it is now, while the network itself is trained."
-    def __init__(
-        self,
-        unet,
-        adapted: bool # only its adapter is trained
-    ):
-        self.unet = unet
-        self.copy = None if adapted else copy.deepcopy(unet).requires_grad_(False)
-
-# %% ../nbs/01_models.ipynb #3598a1d1
-@patch
-@contextmanager
-def __call__(self: Reference):
-    "Yield the network as it was, without gradient."
-    with torch.no_grad():
-        if self.copy is not None: yield self.copy
-        else:
-            with adapters_off(self.unet): yield self.unet
 
 # %% ../nbs/01_models.ipynb #bdfd9b56
 def save_lora(pipe: StableDiffusionXLPipeline, folder: Path | str):

@@ -14,10 +14,10 @@ from fastcore.basics import patch
 
 from .baselines import Baseline, BaselineOptions, ddpo_loss, ratio_numbers
 from .contrast import sample_all
-from .models import Reference
 from .options import option
 from .sampling import denoise, lcm_timesteps, sample
 from .task import MicroGroup, Task
+from .training import Reference
 
 # %% ../nbs/14_perturbation.ipynb #0aaebcef
 @dataclass(frozen=True, repr=False)

@@ -14,10 +14,11 @@ from fastcore.basics import patch
 
 from .baselines import Baseline, log_prob, ratio_numbers
 from .core import randn
-from .models import Reference, predict_noise
+from .models import predict_noise
 from .sampling import add_noise, denoise, lcm_timesteps
 from .surrogate import ordered_pairs
 from .task import MicroGroup, Task
+from .training import Reference
 
 # %% ../nbs/14_preference.ipynb #264c62f5
 class Paired(Baseline):
