@@ -27,8 +27,6 @@ IMAGE_SIZE = 32 # pixels
 SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
 RADII = dict(small=4., large=5.4) # pixels
 TEXTURES = ('plain', 'shaded', 'striped', 'checked', 'cloudy') # of the background
-
-# %% ../../nbs/worlds/01_shapes.ipynb #62f24a86
 COLOURS = dict(
     red=(.90, .10, .10), orange=(.95, .52, .05), yellow=(.95, .90, .10), green=(.10, .70, .15),
     cyan=(.10, .80, .85), blue=(.15, .25, .90), purple=(.55, .15, .80), pink=(.95, .35, .70))
@@ -45,7 +43,6 @@ def grid(n: int = IMAGE_SIZE) -> tuple[torch.Tensor, torch.Tensor]: # x and y (d
     centres = torch.arange(n)+.5
     return centres[None, :].expand(n, n), centres[:, None].expand(n, n)
 
-# %% ../../nbs/worlds/01_shapes.ipynb #06e2ddb5
 def coverage(distance: torch.Tensor) -> torch.Tensor: # in [0, 1]
     "Return the share of each pixel that a shape covers, from the signed distance to its edge."
     return (.5-distance).clamp(0, 1)
@@ -120,7 +117,6 @@ def _place(
 KINDS = ('attribute', 'relation', 'count')
 THREE_THINGS = .6 # share of attribute scenes with three things; the others have two
 
-# %% ../../nbs/worlds/01_shapes.ipynb #1acceb70
 def _draw_numbers(
     kind: str, # one of `KINDS`
     n: int, # scenes
@@ -257,13 +253,10 @@ NUMBER_WORDS = ('a', 'two', 'three')
 OPENINGS = (
     '', '', '', 'a picture of ', 'an image with ', 'a photo of ', 'a drawing of ',
     'there is ', 'we see ', 'here is ')
-
-# %% ../../nbs/worlds/01_shapes.ipynb #0ace181a
 RELATIONS = { # words: (dx, dy), y pointing down
     'to the left of': (-1, 0), 'left of': (-1, 0), 'to the right of': (1, 0), 'right of': (1, 0),
     'above': (0, -1), 'over': (0, -1), 'below': (0, 1), 'under': (0, 1)}
 
-# %% ../../nbs/worlds/01_shapes.ipynb #0b34b883
 def relation_between(dx: float, dy: float) -> tuple[int, int]: # (dx, dy) as in `RELATIONS`
     "Return the main direction of an offset in pixels, from the second thing to the first."
     if abs(dx) >= abs(dy): return int(math.copysign(1, dx)), 0
@@ -374,18 +367,16 @@ def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `REL
     found = _RELATION.search(prompt.lower())
     return RELATIONS[found[0]] if found else None
 
-# %% ../../nbs/worlds/01_shapes.ipynb #135bc6f0
+# %% ../../nbs/worlds/01_shapes.ipynb #ef1b015c
 SPLITS = ('train', 'validation', 'test')
-_POOL = dict(train=4096, validation=1024, test=1024) # scenes that are put into words
-_STREAMS = dict(train='train', validation='validation', test='second test')
+_POOL = dict( # random stream and number of scenes that are put into words
+    train=('train', 4096), validation=('validation', 1024), test=('second test', 1024))
 PROMPT_THREE_THINGS = .25 # share of attribute prompts with three things
 
-# %% ../../nbs/worlds/01_shapes.ipynb #ef1b015c
 def _is_test(text: str) -> bool:
     "Return whether a held-out prompt belongs to the test split, by the set of things it names."
     things = sorted({(phrase.colour, phrase.shape) for phrase in parse(text)})
-    digest = hashlib.sha256(repr(things).encode()).digest()
-    return digest[0] % 2 == 0
+    return hashlib.sha256(repr(things).encode()).digest()[0] % 2 == 0
 
 # %% ../../nbs/worlds/01_shapes.ipynb #027ae2db
 @cache
@@ -395,9 +386,10 @@ def _pool(
     kind: str, # one of `KINDS`
 ) -> tuple[str, ...]:
     "Return all prompts of a split that no later split has."
-    g = generator(0, 'prompts', _STREAMS[split], combos, kind)
+    stream, n = _POOL[split]
+    g = generator(0, 'prompts', stream, combos, kind)
     allowed = HELD_OUT if combos == 'held_out' else SEEN
-    scenes = sample_scenes(_POOL[split], g, kind, allowed, PROMPT_THREE_THINGS)
+    scenes = sample_scenes(n, g, kind, allowed, PROMPT_THREE_THINGS)
     texts = dict.fromkeys(captions(scenes, kind, g)) # each once, in order
     if combos == 'held_out': texts = [text for text in texts if _is_test(text) == (split == 'test')]
     later = set()
@@ -447,7 +439,6 @@ def _set_thing(scenes: Scenes, i: int, k: int, phrase: Phrase):
     scenes.colour[i, k] = COLOUR_NAMES.index(phrase.colour)
     if phrase.size: scenes.large[i, k] = phrase.size == 'large'
 
-# %% ../../nbs/worlds/01_shapes.ipynb #3d9ec376
 def scenes_of(texts: list[str], generator: torch.Generator) -> Scenes: # one for each prompt
     "Draw a scene for each prompt, with the things and the relation that it names."
     scenes = sample_scenes(len(texts), generator)
