@@ -67,7 +67,7 @@ def _score(engine, image: torch.Tensor, prompt: str) -> tuple[float, str]: # rew
     read = read_text(engine, image)
     return text_match(read, wanted), read
 
-# %% ../../nbs/sdxl/01_ocr.ipynb #7fd749c1
+# %% ../../nbs/sdxl/01_ocr.ipynb #da94a6c1
 def text_reading(device='cpu' # not used: the engine runs on the CPU
        ) -> Reward:
     "Return how well a picture says what its prompt quotes, after Flow-GRPO (arXiv 2505.05470)."

@@ -369,8 +369,7 @@ def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `REL
 
 # %% ../../nbs/worlds/01_shapes.ipynb #ef1b015c
 SPLITS = ('train', 'validation', 'test')
-_POOL = dict( # random stream and number of scenes that are put into words
-    train=('train', 4096), validation=('validation', 1024), test=('second test', 1024))
+_POOL = dict(train=('train', 4096), validation=('validation', 1024), test=('second test', 1024))
 PROMPT_THREE_THINGS = .25 # share of attribute prompts with three things
 
 def _is_test(text: str) -> bool:
