@@ -6,8 +6,8 @@
 __all__ = ['LORA_TARGETS', 'write_manifest', 'check_manifest', 'load_pipeline', 'load_teacher', 'latent_shape', 'save_weights',
            'save_module', 'load_module', 'check_prompts', 'Conditioning', 'encode_prompts', 'guidance_embedding',
            'size_ids', 'guidance_condition', 'predict_noise', 'decode', 'encode_images', 'add_lora', 'adapter_layers',
-           'adapters_off', 'Reference', 'save_lora', 'save_checkpoint', 'load_checkpoint', 'training_state', 'gathered',
-           'shared_as', 'restore_training_state']
+           'adapters_off', 'ReferenceModel', 'save_lora', 'save_checkpoint', 'load_checkpoint', 'training_state',
+           'gathered', 'shared_as', 'restore_training_state']
 
 # %% ../nbs/01_models.ipynb #cf79be08
 import copy, hashlib, json, math
@@ -312,8 +312,8 @@ def adapters_off(unet):
     finally:
         for layer, disabled in before: layer._disable_adapters = disabled
 
-# %% ../nbs/01_models.ipynb #ab3929d9
-class Reference:
+# %% ../nbs/01_models.ipynb #6c34b90f
+class ReferenceModel:
     "A network as it is now, while the network itself is trained."
     def __init__(
         self,
@@ -323,10 +323,10 @@ class Reference:
         self.unet = unet
         self.copy = None if adapted else copy.deepcopy(unet).requires_grad_(False)
 
-# %% ../nbs/01_models.ipynb #3598a1d1
+# %% ../nbs/01_models.ipynb #1e237270
 @patch
 @contextmanager
-def __call__(self: Reference):
+def __call__(self: ReferenceModel):
     "Yield the network as it was, without gradient."
     with torch.no_grad():
         if self.copy is not None: yield self.copy

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Paired', 'dpo_margin', 'DiffusionDPO', 'pso_margin', 'PSO']
 
-# %% ../nbs/14_preference.ipynb #b0c8ee1d
+# %% ../nbs/14_preference.ipynb #a59a5da2
 import math
 
 import torch
@@ -14,16 +14,16 @@ from fastcore.basics import patch
 
 from .baselines import Baseline, log_prob, ratio_numbers
 from .core import randn
-from .models import Reference, predict_noise
+from .models import ReferenceModel, predict_noise
 from .sampling import add_noise, denoise, lcm_timesteps
 from .surrogate import ordered_pairs
 from .task import MicroGroup, Task
 
-# %% ../nbs/14_preference.ipynb #264c62f5
+# %% ../nbs/14_preference.ipynb #c1c205a6
 class Paired(Baseline):
     "An arm that learns from pairs of samples."
     def __init__(self, task: Task):
-        self.reference = Reference(task.pipe.unet, bool(task.options.lora_rank)) # before the run
+        self.reference = ReferenceModel(task.pipe.unet, bool(task.options.lora_rank)) # before the run
         super().__init__(task)
 
 # %% ../nbs/14_preference.ipynb #3c289647
