@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ContrastOptions', 'sample_all', 'told_apart', 'nft_loss', 'NFT', 'drift', 'drpo_loss', 'teacher_features', 'DrPO']
 
-# %% ../nbs/14_contrast.ipynb #73216708
+# %% ../nbs/14_contrast.ipynb #86cf0c99
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -91,7 +91,7 @@ def nft_loss(
     good, bad = _weighted_error(x_old+change-z), _weighted_error(x_old-change-z)
     return q*good + (1-q)*bad
 
-# %% ../nbs/14_contrast.ipynb #f29eb0a1
+# %% ../nbs/14_contrast.ipynb #157974d4
 class NFT(Baseline):
     "DiffusionNFT (nbs/methods.ipynb, 4.3)."
     Options = ContrastOptions
@@ -323,7 +323,7 @@ def teacher_features(
     with _block_states(teacher) as states: predict_noise(teacher, x, time, cond)
     return [F.adaptive_avg_pool2d(h, 4).flatten(1).float() for h in states]
 
-# %% ../nbs/14_contrast.ipynb #1d967b70
+# %% ../nbs/14_contrast.ipynb #296d44fb
 class DrPO(Baseline):
     "Drift preference optimisation (nbs/methods.ipynb, 4.4)."
     Options = ContrastOptions
@@ -347,7 +347,7 @@ def store(self: DrPO, found: dict, j: int):
     latents = visits['denoised'][rows[:, None], order]
     self.batch = dict(latents=latents, prompt=visits['prompt'][rows, 0])
 
-# %% ../nbs/14_contrast.ipynb #76fda48b
+# %% ../nbs/14_contrast.ipynb #159bc8dd
 @patch
 def draw_rows(self: DrPO, k: int, i: int) -> dict | None:
     "Draw visits and fresh noise for update i of round k, and sample the model before the run."
@@ -405,7 +405,7 @@ def step_losses(
         losses.append(drpo_loss(x, *halves, earlier, o.drpo_weight, o.drpo_reference))
     return torch.stack(losses).mean(0)
 
-# %% ../nbs/14_contrast.ipynb #b9a13b02
+# %% ../nbs/14_contrast.ipynb #62fa3825
 @patch
 def _sample_fresh(
     self: DrPO,
@@ -419,7 +419,7 @@ def _sample_fresh(
     found = sample(t.pipe.unet, cond, noise, injected, t.num_steps, o.detach)
     return [z.unflatten(0, (-1, o.group_size)) for z in found.denoised]
 
-# %% ../nbs/14_contrast.ipynb #bdfa5ba3
+# %% ../nbs/14_contrast.ipynb #01efb346
 @patch
 def reward_loss(
     self: DrPO,

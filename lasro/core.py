@@ -55,7 +55,7 @@ def show_images(
         ax.set_title(title, fontsize=7)
     return fig
 
-# %% ../nbs/00_core.ipynb #9af6df1d
+# %% ../nbs/00_core.ipynb #b44d5293
 @dataclass(frozen=True)
 class Profile:
     "The sizes of one experiment. Every field but the name is a count."
@@ -81,7 +81,7 @@ _SMOKE = Profile(
     outer_steps=2, generator_steps=1, surrogate_steps=1, collect_prompts=2, batch_size=4,
     probe_prompts=4, eval_prompts=16, eval_noises=4, scored_noises=1)
 
-# %% ../nbs/00_core.ipynb #28d22c84
+# %% ../nbs/00_core.ipynb #7608c2d2
 _SDXL = Profile(
     'sdxl', n_seeds=1, train_prompts=4000, pretrain_prompts=128, pretrain_steps=400,
     n_noises=6, outer_steps=60, generator_steps=2, surrogate_steps=6, collect_prompts=12,

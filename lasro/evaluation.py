@@ -274,7 +274,7 @@ def _pictures(
     for i in torch.arange(len(eval_set)).split(batch_size):
         yield i, decode(vae, draw(*eval_set.batch(i)))
 
-# %% ../nbs/05_evaluation.ipynb #cb9d9ded
+# %% ../nbs/05_evaluation.ipynb #9fcfd9fb
 def _score_samples(
     i: torch.Tensor,      # (B,) numbers of samples
     images: torch.Tensor, # (B, 3, H, W)
@@ -294,7 +294,7 @@ def _score_samples(
     if world.exact: keys['exact'] = world.exact(images, texts).tolist()
     return keys.join(score_pictures(images, texts, rewards))
 
-# %% ../nbs/05_evaluation.ipynb #88979db4
+# %% ../nbs/05_evaluation.ipynb #11b4afd7
 @torch.no_grad()
 def evaluate(
     unet,                        # the generator: a pipeline, a UNet, or a function (see above)

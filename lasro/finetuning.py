@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'ARMS', 'NO_REWARD', 'MAY_CHANGE', 'find_arm', 'Run', 'read_prompts', 'finetune']
 
-# %% ../nbs/15_finetuning.ipynb #cf4b16c4
+# %% ../nbs/15_finetuning.ipynb #d7ef9344
 import hashlib
 import json
 import logging
@@ -38,7 +38,7 @@ from .world import load_world
 
 log = logging.getLogger('lasro')
 
-# %% ../nbs/15_finetuning.ipynb #970280c4
+# %% ../nbs/15_finetuning.ipynb #7ce0a01f
 _LASRO = dict(anchor=.3)
 
 ARMS = { # name: class, options that differ from its defaults

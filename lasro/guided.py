@@ -33,7 +33,7 @@ def pair_kl(
     entropy = F.binary_cross_entropy_with_logits(e, p, reduction='none')
     return (cross-entropy).mean(1)
 
-# %% ../nbs/14_guided.ipynb #0d43088b
+# %% ../nbs/14_guided.ipynb #3fc53903
 class RewardGuided(Baseline):
     "After RG-LCD: LCM loss and a proxy's reward on one-step predictions (nbs/methods.ipynb, 3.6)."
     anchored = True
@@ -137,7 +137,7 @@ def train_proxy(self: RewardGuided, j: int, # batch
         t.budget.forward(4*n, backward=True, share=self.share)
     return losses
 
-# %% ../nbs/14_guided.ipynb #fbf4f131
+# %% ../nbs/14_guided.ipynb #9c4b9e77
 @patch
 def _n_sets(self: RewardGuided, j: int) -> int:
     "Return how many new sets the calls up to batch j allow."
@@ -175,7 +175,7 @@ def collect_batch(self: RewardGuided, j: int) -> dict: # numbers to log
     row |= skipped
     return row | dict(rank_accuracy=accuracy, proxy_loss=sum(losses)/max(1, len(losses)))
 
-# %% ../nbs/14_guided.ipynb #0649c5b7
+# %% ../nbs/14_guided.ipynb #0e42f875
 @patch
 def draw(self: RewardGuided, k: int, i: int) -> dict:
     "Draw rows of the data, times and noise, and count the passes."
@@ -204,7 +204,7 @@ def _distance(
     x = add_noise(latents, batch['noise'][mine].to(latents), times)
     return self.anchor_loss([student], [x], [times], t.cond[t.data[1][rows]])
 
-# %% ../nbs/14_guided.ipynb #9e54fea5
+# %% ../nbs/14_guided.ipynb #cd8dbd49
 @patch
 def loss(self: RewardGuided, batch: dict, group: MicroGroup) -> tuple[torch.Tensor, dict]: # numbers to log
     "Return the micro-group's share of c L_lcm - c2 R, both of the same predictions."
@@ -237,7 +237,7 @@ def restore(self: RewardGuided, tensors: dict # of `state`
     Baseline.restore(self, tensors)
     self.proxy.restore(tensors, 'proxy.')
 
-# %% ../nbs/14_guided.ipynb #b2aa231f
+# %% ../nbs/14_guided.ipynb #ceb23227
 class Direct(Baseline):
     "Back-propagate the true reward through decoder and all steps (nbs/methods.ipynb, 3.7)."
     anchored = True
@@ -266,7 +266,7 @@ def n_samples(self: Direct, k: int, i: int) -> int:
     total = reward_calls(o, len(self.task.texts))//len(self.weights)
     return part_size(total, o.outer_steps*o.generator_steps+1, k*o.generator_steps+i+1)
 
-# %% ../nbs/14_guided.ipynb #867b4edc
+# %% ../nbs/14_guided.ipynb #6ca8dd32
 @patch
 def draw_rows(self: Direct, k: int, i: int) -> dict:
     "Draw prompts and noise of update i of round k. Count calls and passes."
@@ -297,7 +297,7 @@ def true_rewards(
         scores.append(checkpoint(score, part, prompts, use_reentrant=False))
     return torch.cat(scores)
 
-# %% ../nbs/14_guided.ipynb #cd962265
+# %% ../nbs/14_guided.ipynb #c77390cb
 @patch
 def rewarded(
     self: Direct,
@@ -318,7 +318,7 @@ def _reward_names(num_steps: int) -> dict[int, str]: # step: name in the log
     last = {num_steps-1: 'reward'}
     return last | {0: 'reward_first'} if num_steps > 1 else last
 
-# %% ../nbs/14_guided.ipynb #6d07c834
+# %% ../nbs/14_guided.ipynb #4f3a8010
 @patch
 @torch.no_grad()
 def prepare(self: Direct) -> dict: # numbers to log
@@ -331,7 +331,7 @@ def prepare(self: Direct) -> dict: # numbers to log
     for j, s in self.normalise.items(): s.set(r[j])
     return {name: float(r[j].mean()) for j, name in _reward_names(t.num_steps).items() if j in r}
 
-# %% ../nbs/14_guided.ipynb #037a380a
+# %% ../nbs/14_guided.ipynb #d640b167
 @patch
 def reward_loss(
     self: Direct,

@@ -68,7 +68,7 @@ def move(self: ScoreNormaliser, scores: torch.Tensor # of a finished update
     now = self.statistics(scores)
     self.stats = now if self.stats is None else torch.lerp(now, self.stats.to(now), self.decay)
 
-# %% ../nbs/12_lasro.ipynb #e963abf3
+# %% ../nbs/12_lasro.ipynb #0c9fd7f7
 class LaSRO(Arm):
     "Latent-space surrogate reward optimisation (nbs/methods.ipynb, 2)."
     anchored = True
@@ -324,7 +324,7 @@ def prepare(self: LaSRO) -> dict: # numbers to log
                pairs=len(self.buffer.winners), dropped=self.buffer.dropped)
     return row | self.health(found, features)
 
-# %% ../nbs/12_lasro.ipynb #5401ae91
+# %% ../nbs/12_lasro.ipynb #1fea83f7
 @patch
 def draw(self: LaSRO, k: int, i: int) -> dict:
     "Draw prompts and noise of generator update i of round k, and the LCM loss's batch."
@@ -357,7 +357,7 @@ def reward_gradient(
     gradient, = torch.autograd.grad(loss, z)
     return gradient, [x.detach() for x in r], [x.detach() for x in s]
 
-# %% ../nbs/12_lasro.ipynb #b27cd4c2
+# %% ../nbs/12_lasro.ipynb #5fc07903
 @patch
 def reward_loss(
     self: LaSRO,

@@ -9,7 +9,7 @@ __all__ = ['LORA_TARGETS', 'DISTILLED', 'write_manifest', 'check_manifest', 'loa
            'add_lora', 'adapter_layers', 'adapters_off', 'save_lora', 'save_checkpoint', 'load_checkpoint',
            'training_state', 'gathered', 'shared_as', 'restore_training_state']
 
-# %% ../nbs/01_models.ipynb #d5c80f89
+# %% ../nbs/01_models.ipynb #3aa1037e
 import hashlib, json, math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -6,7 +6,7 @@
 __all__ = ['PerturbationOptions', 'perturb', 'Perturbed', 'fdfo_direction', 'fdfo_log_ratio', 'fdfo_loss', 'FDFO',
            'neighbour_log_probs', 'NeighborGRPO']
 
-# %% ../nbs/14_perturbation.ipynb #c14f5d29
+# %% ../nbs/14_perturbation.ipynb #3c4417cc
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ def perturb(
     "Rotate noise towards another one by the size `sigma`."
     return (1-sigma**2)**.5*noise + sigma*delta
 
-# %% ../nbs/14_perturbation.ipynb #1d454480
+# %% ../nbs/14_perturbation.ipynb #8e63ab22
 class Perturbed(Baseline):
     "An arm whose visits hold samples of perturbed noise."
     Options = PerturbationOptions
@@ -95,7 +95,7 @@ def _pair_members(n: int # samples of a visit, 2 or more
     copies = torch.arange(n) != first
     return first[copies], torch.arange(n)[copies]
 
-# %% ../nbs/14_perturbation.ipynb #14c1476a
+# %% ../nbs/14_perturbation.ipynb #d75e6251
 class FDFO(Perturbed):
     "Finite difference flow optimisation (nbs/methods.ipynb, 4.1)."
     def pairs(self, n: int) -> torch.Tensor: # (2, pairs) rows: originals, copies
@@ -183,7 +183,7 @@ def _quasi_norm_advantages(
     norm = away.abs().pow(p).sum(1, keepdim=True).pow(1/p)
     return (rewards.shape[1]**.5*away/(norm+1e-8)).clamp(-limit, limit)
 
-# %% ../nbs/14_perturbation.ipynb #690900c7
+# %% ../nbs/14_perturbation.ipynb #a4cfc693
 class NeighborGRPO(Perturbed):
     "Neighbor-GRPO (nbs/methods.ipynb, 4.2)."
     def __init__(self, task: Task):
@@ -196,7 +196,7 @@ class NeighborGRPO(Perturbed):
         "Sample the anchors of batch j, without gradient."
         return sample_all(self, unet, prompt, *self.centres(j))[:, -1]
 
-# %% ../nbs/14_perturbation.ipynb #8a914a04
+# %% ../nbs/14_perturbation.ipynb #a05a0a24
 @patch
 def draw_visits(self: NeighborGRPO, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Draw prompts (N,) and noise of batch j, around the centre of each visit."

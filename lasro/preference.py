@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Paired', 'dpo_margin', 'DiffusionDPO', 'pso_margin', 'PSO']
 
-# %% ../nbs/14_preference.ipynb #b0c8ee1d
+# %% ../nbs/14_preference.ipynb #3f7f17dc
 import math
 
 import torch

@@ -101,7 +101,7 @@ def tuning_file(arm: str, reward: str, profile_name: str = 'lab', world: str = '
     "Return the file of an arm's tries on a reward."
     return results_dir(profile_name)/'tuning'/world/arm/f'{reward}.csv'
 
-# %% ../nbs/16_protocol.ipynb #11910115
+# %% ../nbs/16_protocol.ipynb #9ad14021
 def tune_arm(arm: str, reward: str, profile_name: str = 'lab', world: str = 'shapes',
          settings: list[dict] | None = None # None takes the arm's grid
         ) -> pd.DataFrame: # a row for each try

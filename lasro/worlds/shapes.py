@@ -9,7 +9,7 @@ __all__ = ['IMAGE_SIZE', 'SHAPES', 'RADII', 'TEXTURES', 'COLOURS', 'COLOUR_NAMES
            'relation_between', 'plural', 'join_words', 'captions', 'Phrase', 'parse', 'parse_relation', 'prompts',
            'scenes_of']
 
-# %% ../../nbs/worlds/01_shapes.ipynb #c441d7af
+# %% ../../nbs/worlds/01_shapes.ipynb #bb416281
 import hashlib
 import math
 import random
@@ -22,7 +22,7 @@ import torch
 
 from ..core import generator
 
-# %% ../../nbs/worlds/01_shapes.ipynb #b151dbef
+# %% ../../nbs/worlds/01_shapes.ipynb #643da717
 IMAGE_SIZE = 32 # pixels
 SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
 RADII = dict(small=4., large=5.4) # pixels
@@ -37,7 +37,7 @@ COMBOS = list(product(range(len(COLOURS)), range(len(SHAPES)))) # (colour, shape
 HELD_OUT = [(c, s) for c, s in COMBOS if (c+s) % 4 == 0]
 SEEN = [combo for combo in COMBOS if combo not in HELD_OUT]
 
-# %% ../../nbs/worlds/01_shapes.ipynb #80b63fe3
+# %% ../../nbs/worlds/01_shapes.ipynb #ccf7ec2d
 def grid(n: int = IMAGE_SIZE) -> tuple[torch.Tensor, torch.Tensor]: # x and y (down), (n, n) each
     "Return the centres of all pixels of a square picture that is `n` pixels wide."
     centres = torch.arange(n)+.5
@@ -113,7 +113,7 @@ def _place(
     best = torch.where(fits.any(1), first_fit, gap.argmax(1))
     return positions[torch.arange(b), best].unbind(-1)
 
-# %% ../../nbs/worlds/01_shapes.ipynb #20ef37c1
+# %% ../../nbs/worlds/01_shapes.ipynb #d5522337
 KINDS = ('attribute', 'relation', 'count')
 THREE_THINGS = .6 # share of attribute scenes with three things; the others have two
 
@@ -247,7 +247,7 @@ def leave_out(scenes: Scenes,
     colour = scenes.colour.masked_fill(removed, -1)
     return replace(scenes, shape=shape, colour=colour)
 
-# %% ../../nbs/worlds/01_shapes.ipynb #201e8e23
+# %% ../../nbs/worlds/01_shapes.ipynb #9e553e8f
 SIZE_WORDS = dict(small=('small', 'little', 'tiny'), large=('large', 'big', 'huge'))
 NUMBER_WORDS = ('a', 'two', 'three')
 OPENINGS = (
@@ -367,7 +367,7 @@ def parse_relation(prompt: str) -> tuple[int, int] | None: # (dx, dy) as in `REL
     found = _RELATION.search(prompt.lower())
     return RELATIONS[found[0]] if found else None
 
-# %% ../../nbs/worlds/01_shapes.ipynb #ef1b015c
+# %% ../../nbs/worlds/01_shapes.ipynb #d95ece37
 SPLITS = ('train', 'validation', 'test')
 _POOL = dict(train=('train', 4096), validation=('validation', 1024), test=('second test', 1024))
 PROMPT_THREE_THINGS = .25 # share of attribute prompts with three things
@@ -377,7 +377,7 @@ def _is_test(text: str) -> bool:
     things = sorted({(phrase.colour, phrase.shape) for phrase in parse(text)})
     return hashlib.sha256(repr(things).encode()).digest()[0] % 2 == 0
 
-# %% ../../nbs/worlds/01_shapes.ipynb #027ae2db
+# %% ../../nbs/worlds/01_shapes.ipynb #51e3ff6f
 @cache
 def _pool(
     split: str, # one of `SPLITS`
@@ -431,7 +431,7 @@ def _place_scene(
     scenes.x[i] = x[k]
     scenes.y[i] = y[k]
 
-# %% ../../nbs/worlds/01_shapes.ipynb #b45f3b99
+# %% ../../nbs/worlds/01_shapes.ipynb #84447c02
 def _set_thing(scenes: Scenes, i: int, k: int, phrase: Phrase):
     "Make thing `k` of scene `i` what the phrase names."
     scenes.shape[i, k] = SHAPES.index(phrase.shape)
