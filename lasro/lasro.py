@@ -178,7 +178,7 @@ def _deal_prompts(
     owner = prompt.unique(return_inverse=True)[1] % count
     return [(owner == m).nonzero()[:, 0] for m in range(count)]
 
-# %% ../nbs/12_lasro.ipynb #276ca13a
+# %% ../nbs/12_lasro.ipynb #07a8835c
 @patch
 def _pairs_of(
     self: LaSRO,
@@ -187,7 +187,7 @@ def _pairs_of(
     "Pair the samples of a micro-group."
     o = self.options
     s = self.buffer.samples[rows.to(self.buffer.samples.prompt.device)]
-    return pairs_within(s.rewards, s.prompt, s.step, o.pairs, o.min_gap, self.buffer.scale)
+    return pairs_within(s.rewards, s.group, s.step, o.pairs, o.min_gap, self.buffer.scale)
 
 # %% ../nbs/12_lasro.ipynb #1a7117a7
 @patch

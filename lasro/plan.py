@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARDS', 'VALIDATION_SEEDS', 'ITEMS', 'RunSpec', 'main_runs', 'Item', 'train_prompts', 'evaluate_run', 'make_run']
 
-# %% ../nbs/16_plan.ipynb #4dc9fe25
+# %% ../nbs/16_plan.ipynb #6591d766
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path

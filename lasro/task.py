@@ -87,7 +87,7 @@ def process_device(pipe) -> torch.device:
     if pipe.device.type == 'cpu': return pipe.device
     return PartialState().device
 
-# %% ../nbs/09_task.ipynb #8f8d0651
+# %% ../nbs/09_task.ipynb #b1fb0810
 @dataclass(repr=False)
 class Task:
     "Everything an arm may use."
@@ -103,6 +103,7 @@ class Task:
     world: World
     held_out: Reward | None = None  # a reward that is only watched
     guidance_scale: float = 8.      # of the teacher in the LCM loss
+    pairs: object = None            # what people have chosen, for an arm that learns from it
     budget: Budget = field(default_factory=Budget)
 
 # %% ../nbs/09_task.ipynb #928b44ea
@@ -138,7 +139,7 @@ def sampled_data(
     index = torch.arange(min(limit, len(cond)))
     return _sample_batches(pipe, cond, index.split(batch_size)), index
 
-# %% ../nbs/09_task.ipynb #5fd8b562
+# %% ../nbs/09_task.ipynb #9820f87f
 @dataclass
 class Inputs:
     "What a run may be given besides pipeline, reward and prompts."
@@ -149,6 +150,7 @@ class Inputs:
     held_out: object = None             # a reward to watch; None takes the one the reward names
     guidance_scale: float | None = None # of the teacher in the LCM loss; None takes the world's
     in_place: bool = False              # tune `pipe.unet` itself instead of a copy
+    pairs: object = None                # PicturePairs, for an arm that learns from them
     before_record: object = None        # called with the Run before its record is written
 
 # %% ../nbs/09_task.ipynb #933c2b75
@@ -251,7 +253,7 @@ def _find_inputs(pipe, texts: list[str], options: Options, inputs: Inputs, world
     data = _find_data(inputs, world, pipe, texts, cond)
     return dict(teacher=teacher, cond=cond, data=data, guidance_scale=guidance)
 
-# %% ../nbs/09_task.ipynb #a0eab735
+# %% ../nbs/09_task.ipynb #2962bf6a
 def make_task(
     pipe,                         # a few-step pipeline of the SDXL family
     reward,                       # a name, 'module:function', a callable, a Reward, or None
@@ -268,7 +270,7 @@ def make_task(
     pipe = pipe.to(accelerator.device)
     found = _find_inputs(pipe, texts, options, inputs, world)
     task = Task(pipe, reward=reward, texts=texts, options=options, seed=seed,
-                accelerator=accelerator, world=world, held_out=held_out, **found)
+                accelerator=accelerator, world=world, held_out=held_out, pairs=inputs.pairs, **found)
     _measure_sum(task, pipe)
     task.pipe = _trainable_pipeline(pipe, options, inputs.in_place, seed)
     return task

@@ -6,7 +6,7 @@
 __all__ = ['log', 'learning_rate', 'PreparedNetwork', 'Trained', 'Reference', 'Arm', 'LCMContinued', 'checkpoint', 'resume',
            'train']
 
-# %% ../nbs/11_training.ipynb #25bdad7f
+# %% ../nbs/11_training.ipynb #341b62bd
 import copy
 import logging
 import math
@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import trange
 
-# %% ../nbs/11_training.ipynb #fb2c77ec
+# %% ../nbs/11_training.ipynb #2ee00ee1
 from .models import adapters_off, gathered, load_checkpoint, save_checkpoint
 from .models import restore_training_state, training_state
 from .monitor import PROBE_EVERY, log_row, note_alarm, probe, save_metrics, snapshot
@@ -200,7 +200,7 @@ def __call__(self: Reference):
         else:
             with adapters_off(self.unet): yield self.unet
 
-# %% ../nbs/11_training.ipynb #a80feaf7
+# %% ../nbs/11_training.ipynb #c1babf04
 class Arm:
     "A way to train the generator. A subclass gives at least `draw` and `loss`."
     Options = Options # another arm may add to them

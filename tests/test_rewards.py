@@ -67,7 +67,7 @@ def test_a_killed_run_ends_as_if_it_had_lived(pipe, tmp_path, monkeypatch, rewar
     assert without_clock(rows[0]) == without_clock(rows[1])
 
 
-KINDS = {kind: arm for arm, (kind, _) in reversed(ARMS.items()) if arm not in (*NO_REWARD, 'direct')}
+KINDS = {kind: arm for arm, (kind, _) in reversed(ARMS.items()) if arm not in (*NO_REWARD, 'direct', 'lasro-pairs')}
 
 @pytest.mark.parametrize('arm', KINDS.values())
 def test_every_arm_leaves_out_what_has_no_reward(pipe, arm):
