@@ -28,7 +28,7 @@ class ContrastOptions(BaselineOptions):
     "What DiffusionNFT and DrPO add to the options of the baselines."
     # nft
     nft_beta: float = option(1., 1e-3)        # beta, how far x+ and x- go; published .1 to 1
-    nft_limit: float = option(5., 1e-3)       # A_max, advantage that makes q 1; not stated, we chose
+    nft_limit: float = option(1., 1e-3)       # A_max, advantage that makes q 1; not stated, we chose
     nft_decay: float = option(.5, 0., .999)   # of the model that samples, per round; not stated, we chose
     nft_reference: float = option(1e-4, 0.)   # weight of the distance to the model before; published
     # drpo

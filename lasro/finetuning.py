@@ -61,10 +61,10 @@ ARMS = { # name: class, options that differ from its defaults
     'gors_lcm': (GORS, dict(lr=4e-4, c=0.)),
     'reward_guided': (RewardGuided, dict(lr=1e-4)),
     'direct': (Direct, dict(lr=8e-4)),
-    'fdfo': (FDFO, dict(lr=1e-4, c=0.)),
+    'fdfo': (FDFO, dict(lr=1e-4, c=0., generator_steps=1)), # published 3e-5, 4 updates
     'neighbor_grpo': (NeighborGRPO, dict(lr=1e-4, c=0.)),
     'nft': (NFT, dict(lr=1e-4, c=0.)),
-    'drpo': (DrPO, dict(lr=1e-4, c=0.)),
+    'drpo': (DrPO, dict(lr=1e-4, c=0.)),                    # published 1e-5
 }
 NO_REWARD = ('base', 'lcm_continued') # they do not use the reward: one run serves all rewards
 
