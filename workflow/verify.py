@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from run import run
+from lasro.command import run_notebook as run
 
 from lasro.plan import ITEMS
 
