@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-# %% ../nbs/03_world.ipynb #8dba3882
+# %% ../nbs/03_world.ipynb #7012b4c2
 @dataclass(frozen=True, eq=False, repr=False)
 class World:
     "One kind of images: how they are made, asked for, scored and measured."
@@ -30,8 +30,9 @@ class World:
     vision: Callable | None = None # () -> vision tower, for the surrogate's backbones 'clip' and 'blip'
     def __repr__(self): return f'World({self.name!r})'
 
-# %% ../nbs/03_world.ipynb #1844478b
-WORLDS = dict(shapes='lasro.worlds.shapes_world:SHAPES', sdxl='lasro.sdxl.rewards:SDXL_WORLD')
+# %% ../nbs/03_world.ipynb #ab54bff9
+WORLDS = dict(shapes='lasro.worlds.shapes_world:SHAPES', signs='lasro.worlds.signs_world:SIGNS',
+              sdxl='lasro.sdxl.rewards:SDXL_WORLD')
 
 # %% ../nbs/03_world.ipynb #7af93b07
 def load_world(world: str | World # one of `WORLDS`, or a World, which is returned
