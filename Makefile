@@ -2,6 +2,7 @@
 PROFILE ?= quick
 CORES   ?= 2
 FORCE   ?=
+WORLD   ?= shapes
 PYTHON  ?= python3
 
 export PATH            := $(CURDIR)/.venv/bin:$(PATH)
@@ -27,8 +28,8 @@ lint: $(STAMP) ## lasro/ is what the notebooks export, and the notebooks are cle
 docs: $(STAMP) ## a site of the executed notebooks, in _docs/
 	python workflow/docs.py
 
-retrain: $(STAMP) ## make the shipped weights again from nothing; resumes
-	python workflow/run.py nbs/experiments/retrain.ipynb results/retrain/executed/retrain.ipynb -p PROFILE lab
+retrain: $(STAMP) ## make the shipped weights of WORLD again from nothing; resumes
+	python workflow/run.py nbs/experiments/retrain.ipynb results/retrain/executed/retrain-$(WORLD).ipynb -p WORLD $(WORLD) -p PROFILE lab
 
 verify: $(STAMP) ## recompute every committed table from the committed runs and compare
 	python workflow/verify.py

@@ -31,10 +31,11 @@ class World:
     vision: Callable | None = None # () -> vision tower, for the surrogate's backbones 'clip' and 'blip'
     def __repr__(self): return f'World({self.name!r})'
 
-# %% ../nbs/03_world.ipynb #e8d8e21c
+# %% ../nbs/03_world.ipynb #dd631eb4
 WORLDS = {
     'shapes': 'lasro.worlds.shapes_world:SHAPES',
     'shapes-complete': 'lasro.worlds.shapes_world:SHAPES_COMPLETE',
+    'signs': 'lasro.worlds.signs_world:SIGNS',
     'sdxl': 'lasro.sdxl.rewards:SDXL_WORLD',
 }
 

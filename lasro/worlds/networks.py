@@ -24,11 +24,12 @@ _WORD_END = '</w>' # marks the last piece of a word
 _START = '<|startoftext|>'
 _END = '<|endoftext|>'
 
-# %% ../../nbs/worlds/00_networks.ipynb #0ba2eb79
+# %% ../../nbs/worlds/00_networks.ipynb #99590e79
 def _split_into_bytes() -> pre_tokenizers.PreTokenizer:
     "Return the rule that splits a text into words, and words into bytes."
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), as_bytes]
+    digits = pre_tokenizers.Digits(individual_digits=True) # as CLIP's own rule does
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), digits, as_bytes]
     return pre_tokenizers.Sequence(steps)
 
 # %% ../../nbs/worlds/00_networks.ipynb #63123af0
@@ -242,6 +243,9 @@ def forward(
     scores = self.head(self._word_states(images, ids, mask))[..., 0]
     return (scores*mask).sum(1)/mask.sum(1)
 
+# %% ../../nbs/worlds/00_networks.ipynb #030c2271
+_SHAPE_TASKS = dict(shapes=5, textures=5, corruption=5)
+
 # %% ../../nbs/worlds/00_networks.ipynb #d9b847be
 def _feature_body(width: int) -> nn.Sequential:
     "Return convolutions from 32x32 pixels to 4x4, and the mean over them."
@@ -249,14 +253,14 @@ def _feature_body(width: int) -> nn.Sequential:
               _conv_block(96, 96, 1), _conv_block(96, width, 2)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-# %% ../../nbs/worlds/00_networks.ipynb #82300794
+# %% ../../nbs/worlds/00_networks.ipynb #92ccb55b
 class FeatureNet(nn.Module):
     "Compute features for FID, KID and diversity; the heads serve its training only."
-    def __init__(self, width: int = 48): # number of features
+    def __init__(self, width: int = 48, # number of features
+                 tasks: dict[str, int] = _SHAPE_TASKS): # classes of each head
         super().__init__()
         self.body = _feature_body(width)
-        tasks = ('shapes', 'textures', 'corruption') # five classes each
-        self.heads = nn.ModuleDict({task: nn.Linear(width, 5) for task in tasks})
+        self.heads = nn.ModuleDict({task: nn.Linear(width, n) for task, n in tasks.items()})
 
 # %% ../../nbs/worlds/00_networks.ipynb #a35c0021
 @patch
