@@ -39,7 +39,7 @@ from .world import load_world
 
 log = logging.getLogger('lasro')
 
-# %% ../nbs/15_finetuning.ipynb #38ed25f3
+# %% ../nbs/15_finetuning.ipynb #47170adc
 _LASRO = dict(anchor=.3)
 
 ARMS = { # name: class, options that differ from its defaults

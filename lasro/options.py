@@ -57,7 +57,7 @@ def check_options(options):
         if problem: raise ValueError(f'{f.name}={value!r} {problem}')
         object.__setattr__(options, f.name, value)
 
-# %% ../nbs/09_options.ipynb #8a2f2813
+# %% ../nbs/09_options.ipynb #345c4e6c
 @dataclass(frozen=True, repr=False)
 class Options:
     "What can be chosen in a run. Not stated in the paper unless the comment says so."
