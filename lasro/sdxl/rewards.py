@@ -26,7 +26,7 @@ import torch
 from fastcore.basics import patch
 from transformers.utils import logging as transformers_logging
 
-# %% ../../nbs/sdxl/01_rewards.ipynb #c025b45c
+# %% ../../nbs/sdxl/01_rewards.ipynb #6c542962
 from ..rewards import Reward, RewardError, WeightedSum, check_rewards, first_line, load_reward
 from ..rewards import compressibility, incompressibility
 from .captions import caption_alignment, for_scoring, load_reward_part
@@ -281,7 +281,7 @@ def blip_vqa_binding(
     stated = dict(differentiable=True, held_out='image_reward', readable=vqa.readable)
     return Reward('attribute_binding', vqa, (0, 1), **stated)
 
-# %% ../../nbs/sdxl/01_rewards.ipynb #2814f742
+# %% ../../nbs/sdxl/01_rewards.ipynb #0780707e
 FULL_REWARDS = {
     'image_reward': official_image_reward,
     'attribute_binding': blip_vqa_binding,
