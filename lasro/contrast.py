@@ -94,6 +94,7 @@ def nft_loss(
 # %% ../nbs/14_contrast.ipynb #157974d4
 class NFT(Baseline):
     "DiffusionNFT (nbs/methods.ipynb, 4.3)."
+    whole_visits = True
     Options = ContrastOptions
     on_policy = True
     def __init__(self, task: Task):
@@ -326,6 +327,7 @@ def teacher_features(
 # %% ../nbs/14_contrast.ipynb #296d44fb
 class DrPO(Baseline):
     "Drift preference optimisation (nbs/methods.ipynb, 4.4)."
+    whole_visits = True
     Options = ContrastOptions
     on_policy = True
     def __init__(self, task: Task):

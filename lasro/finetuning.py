@@ -53,7 +53,7 @@ ARMS = { # name: class, options that differ from its defaults
     'lasro-no-clip': (LaSRO, _LASRO | dict(s_form='none')),
     'lasro-no-anchor': (LaSRO, dict(anchor=0.)),
     'lasro-detached': (LaSRO, _LASRO | dict(detach=True)),
-    'lasro-pairs': (LaSROPairs, _LASRO | dict(c1=0., pairs='within')), # no reward function: pairs=
+    'lasro-pairs': (LaSROPairs, _LASRO | dict(c1=0., pairs='within')), # no reward function: preferences=
     'rlcm': (RLCM, dict(lr=4e-4, c=0., max_norm=5.)),
     'rlcm-dropped': (RLCMDropped, dict(lr=4e-4, c=0., max_norm=5.)),
     'diffusion_dpo': (DiffusionDPO, dict(lr=1e-4, c=0.)),
@@ -218,7 +218,8 @@ def _model_of(task: Task) -> dict:
 # %% ../nbs/15_finetuning.ipynb #b7967131
 def _reward_of(task: Task) -> dict:
     "Return which reward is trained on, with its options."
-    if task.pairs is not None: return dict(reward='pairs', reward_options=task.pairs.summary())
+    if task.preferences is not None:
+        return dict(reward='pairs', reward_options=task.preferences.summary())
     if task.reward is None: return dict(reward='none', reward_options={})
     return dict(reward=task.reward.name, reward_options=task.reward.options)
 
@@ -303,7 +304,7 @@ def finetune(
     texts = read_prompts(prompts)
     out = _check_folder(out, force)
     world = load_world(inputs.world)
-    unused = arm in NO_REWARD or (reward is None and inputs.pairs is not None)
+    unused = arm in NO_REWARD or (reward is None and inputs.preferences is not None)
     reward = None if unused else load_reward(reward, process_device(pipe), world)
     texts, inputs = _leave_out_unreadable(reward, texts, inputs)
     task = make_task(pipe, reward, texts, options, seed, inputs, project_dir=out)

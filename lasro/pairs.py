@@ -201,15 +201,15 @@ def set_statistics(self: LaSROPairs, found: Labelled):
 def _given_pairs(self: LaSROPairs) -> tuple: # latents of better and worse pictures, prompts
     "Encode the task's pairs. Raises ValueError if they do not fit the run."
     t = self.task
-    if t.pairs is None: raise ValueError('lasro-pairs needs pairs=, such as read_pairs(folder, 512)')
+    if t.preferences is None: raise ValueError('lasro-pairs needs preferences=, such as read_pairs(folder, 512)')
     number = {text: i for i, text in enumerate(t.texts)}
-    missing = [text for text in t.pairs.texts if text not in number]
+    missing = [text for text in t.preferences.texts if text not in number]
     if missing: raise ValueError(f'prompt {missing[0]!r} of the pairs is none of the run: give prompts=pairs.texts')
-    if 2*len(t.pairs) > self.options.buffer:
-        raise ValueError(f'buffer={self.options.buffer} is too small for {len(t.pairs)} pairs: give {2*len(t.pairs)}')
-    pictures = [(x/255).to(t.device) for x in (t.pairs.better, t.pairs.worse)]
+    if 2*len(t.preferences) > self.options.buffer:
+        raise ValueError(f'buffer={self.options.buffer} is too small for {len(t.preferences)} pairs: give {2*len(t.preferences)}')
+    pictures = [(x/255).to(t.device) for x in (t.preferences.better, t.preferences.worse)]
     with torch.no_grad(): latents = [encode_images(t.pipe.vae, x, 16).float() for x in pictures]
-    return *latents, torch.tensor([number[p] for p in t.pairs.prompts])
+    return *latents, torch.tensor([number[p] for p in t.preferences.prompts])
 
 # %% ../nbs/14_pairs.ipynb #8db8a6d5
 @patch

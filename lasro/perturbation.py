@@ -45,6 +45,7 @@ def perturb(
 # %% ../nbs/14_perturbation.ipynb #8e63ab22
 class Perturbed(Baseline):
     "An arm whose visits hold samples of perturbed noise."
+    whole_visits = True
     Options = PerturbationOptions
     on_policy = True
     def __init__(self, task: Task):
@@ -192,9 +193,10 @@ class NeighborGRPO(Perturbed):
     def centres(self, j: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Draw initial and injected noise of the anchor of each visit of batch j."
         return self.task.noise(self.n_visits(j), self.task.stream('centres', j))
-    def anchors(self, j: int, prompt: torch.Tensor, unet=None) -> torch.Tensor: # (A, C, h, w)
-        "Sample the anchors of batch j, without gradient."
-        return sample_all(self, unet, prompt, *self.centres(j))[:, -1]
+    def anchors(self, j: int, visits: torch.Tensor, prompt: torch.Tensor, unet=None):
+        "Sample the anchors (A, C, h, w) of some visits of batch j, without gradient."
+        noise, injected = self.centres(j)
+        return sample_all(self, unet, prompt, noise[visits], injected[:, visits])[:, -1]
 
 # %% ../nbs/14_perturbation.ipynb #a05a0a24
 @patch
@@ -212,8 +214,9 @@ def store(self: NeighborGRPO, found: dict, j: int):
     "Keep candidates, the old policy, and what the model before the run makes of the anchors."
     o, visits = self.options, self.by_visit(found)
     prompt, candidates = visits['prompt'][:, 0], visits['denoised'][:, :, -1]
-    old = self.anchors(j, prompt)
-    with self.reference() as unet: before = self.anchors(j, prompt, unet)
+    kept = found['order'].sort().values[::o.group_size]//o.group_size # visits with all rewards
+    old = self.anchors(j, kept, prompt)
+    with self.reference() as unet: before = self.anchors(j, kept, prompt, unet)
     advantages = _quasi_norm_advantages(visits['rewards'], o.grpo_limit)
     log_probs = neighbour_log_probs(candidates, old, o.grpo_tau)
     self.batch = dict(candidates=candidates, rewards=visits['rewards'], advantages=advantages,

@@ -103,7 +103,7 @@ class Task:
     world: World
     held_out: Reward | None = None  # a reward that is only watched
     guidance_scale: float = 8.      # of the teacher in the LCM loss
-    pairs: object = None            # what people have chosen, for an arm that learns from it
+    preferences: object = None      # what people have chosen, for an arm that learns from it
     budget: Budget = field(default_factory=Budget)
 
 # %% ../nbs/09_task.ipynb #928b44ea
@@ -150,7 +150,7 @@ class Inputs:
     held_out: object = None             # a reward to watch; None takes the one the reward names
     guidance_scale: float | None = None # of the teacher in the LCM loss; None takes the world's
     in_place: bool = False              # tune `pipe.unet` itself instead of a copy
-    pairs: object = None                # PicturePairs, for an arm that learns from them
+    preferences: object = None          # PicturePairs, for an arm that learns from them
     before_record: object = None        # called with the Run before its record is written
 
 # %% ../nbs/09_task.ipynb #933c2b75
@@ -270,7 +270,7 @@ def make_task(
     pipe = pipe.to(accelerator.device)
     found = _find_inputs(pipe, texts, options, inputs, world)
     task = Task(pipe, reward=reward, texts=texts, options=options, seed=seed,
-                accelerator=accelerator, world=world, held_out=held_out, pairs=inputs.pairs, **found)
+                accelerator=accelerator, world=world, held_out=held_out, preferences=inputs.preferences, **found)
     _measure_sum(task, pipe)
     task.pipe = _trainable_pipeline(pipe, options, inputs.in_place, seed)
     return task

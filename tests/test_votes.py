@@ -32,7 +32,7 @@ def red_pairs(pipe, n: int) -> PicturePairs:
 def test_pairs_from_a_folder_train_without_a_reward(pipe, tmp_path):
     write_pairs(red_pairs(pipe, 20), tmp_path/'pairs')
     pairs = read_pairs(tmp_path/'pairs', 32)
-    run = finetune(pipe, None, PROMPTS, tmp_path/'run', 'lasro-pairs', pairs=pairs, **SMALL)
+    run = finetune(pipe, None, PROMPTS, tmp_path/'run', 'lasro-pairs', preferences=pairs, **SMALL)
     assert run.record['reward'] == 'pairs' and run.record['reward_calls'] == 0
     assert run.record['reward_options'] == pairs.summary()
     assert run.metrics.pairs[0] == 18 and (tmp_path/'run'/'unet.safetensors').exists()
@@ -42,7 +42,7 @@ def test_pairs_from_a_folder_train_without_a_reward(pipe, tmp_path):
 def test_a_run_on_pairs_resumes_bit_for_bit(pipe, tmp_path, monkeypatch):
     import lasro.training as training
     pairs, checkpoint = red_pairs(pipe, 20), training.checkpoint
-    sizes = SMALL | dict(outer_steps=10, arm='lasro-pairs', pairs=pairs)
+    sizes = SMALL | dict(outer_steps=10, arm='lasro-pairs', preferences=pairs)
     def interrupted(*args):
         checkpoint(*args)
         raise KeyboardInterrupt
@@ -51,7 +51,7 @@ def test_a_run_on_pairs_resumes_bit_for_bit(pipe, tmp_path, monkeypatch):
         m.setattr(training, 'checkpoint', interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(pipe, None, PROMPTS, tmp_path/'run', **sizes)
-    others = sizes | dict(pairs=red_pairs(pipe, 16))
+    others = sizes | dict(preferences=red_pairs(pipe, 16))
     with pytest.raises(ValueError, match='reward_options was'):
         finetune(pipe, None, PROMPTS, tmp_path/'run', **others)
     resumed = finetune(pipe, None, PROMPTS, tmp_path/'run', **sizes)
@@ -63,7 +63,8 @@ def test_a_run_on_pairs_resumes_bit_for_bit(pipe, tmp_path, monkeypatch):
 
 def small_sdxl() -> tuple[dict, object]:
     "Arguments of a session with a small SDXL, and what keeps its files."
-    from lasro.sdxl.config import make_config, prepare
+    from lasro.sdxl.config import make_config
+    from lasro.sdxl.prepare import prepare
     ready = prepare(make_config(small=True, device='cpu', overrides=dict(outer_steps=2, pretrain_steps=2)))
     of_a_run = ('reward', 'held_out', 'out', 'force', 'arm', 'before_record', 'c1', 'pairs')
     return {name: v for name, v in ready.arguments.items() if name not in of_a_run}, ready
