@@ -196,7 +196,7 @@ def set_statistics(self: LaSROPairs, found: Labelled):
     "Set S of the last step."
     self.normalise[-1].set(self.score(found))
 
-# %% ../nbs/14_pairs.ipynb #56fd5a6f
+# %% ../nbs/14_pairs.ipynb #db3c7ad5
 @patch
 def _given_pairs(self: LaSROPairs) -> tuple: # latents of better and worse pictures, prompts
     "Encode the task's pairs. Raises ValueError if they do not fit the run."

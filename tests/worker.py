@@ -45,7 +45,7 @@ def main(out: str, arm: str, kind: str, options: str):
     if kind == 'fsdp': task.Accelerator = sharded_accelerator
     sizes = dict(outer_steps=5, generator_steps=1, surrogate_steps=2, pretrain_steps=3, pretrain_prompts=8,
                  collect_prompts=4, n_noises=3, batch_size=12, lcm_batch=12, groups=6, probe_prompts=12,
-                 snapshot_every=0, lr=1e-6, surrogate_lr=1e-6)
+                 snapshot_every=0, lr=2e-7, surrogate_lr=2e-7)
     texts = SHAPES.prompts('train', 64)
     if 'KILL_AT_ROUND' in os.environ: kill_at(int(os.environ['KILL_AT_ROUND']))
     folder = None if out == 'none' else out
