@@ -10,12 +10,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from .core import ROOT, Profile, is_finished, load_json, profile, run_dir
 from .evaluation import eval_set, evaluate, load_rewards, write_eval
 from .finetuning import ARMS, NO_REWARD, Run, finetune
-from .models import load_pipeline, load_teacher
+from .models import load_pipeline
 from .rewards import load_reward
 from .world import World, load_world
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import load_json, profile, results_dir, save_csv, save_json
-from .evaluation import EvalResult, eval_prompts, eval_set, evaluate, load_rewards
-from .finetuning import ARMS, NO_REWARD, finetune
+from .core import profile, results_dir, save_csv
+from .evaluation import EvalResult, eval_prompts, eval_set, evaluate
+from .finetuning import NO_REWARD, finetune
 from .models import load_pipeline
 from .plan import REWARDS, train_prompts
 from .rewards import load_reward
@@ -102,14 +102,13 @@ def tuning_file(arm: str, reward: str, profile_name: str = 'lab', world: str = '
     return results_dir(profile_name)/'tuning'/world/arm/f'{reward}.csv'
 
 # %% ../nbs/16_protocol.ipynb #9ad14021
-def tune_arm(arm: str, reward: str, profile_name: str = 'lab', world: str = 'shapes',
-         settings: list[dict] | None = None # None takes the arm's grid
-        ) -> pd.DataFrame: # a row for each try
+def tune_arm(arm: str, reward: str, profile_name: str = 'lab', world: str = 'shapes'
+            ) -> pd.DataFrame: # a row for each try
     "Make all tries of an arm on a reward, and write each as it is made."
     path = tuning_file(arm, reward, profile_name, world)
     known = pd.read_csv(path).to_dict('records') if path.exists() else []
     rows = {row['options']: row for row in known}
-    for options in settings if settings is not None else GRIDS.get(arm, [{}]):
+    for options in GRIDS.get(arm, [{}]): # an arm without a grid is tried as it is
         if json.dumps(options) in rows: continue
         row = measure_setting(arm, reward, options, profile_name=profile_name, world=world)
         rows[row['options']] = row
